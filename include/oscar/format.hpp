@@ -1,0 +1,153 @@
+// SPDX-FileCopyrightText: 2026 The oscar-kv authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The packed tile: 32 consecutive tokens of one KV head, K and V, as bytes. This file is the only
+// definition of the layout; every backend and the documentation (docs/format.md) follow it.
+//
+//   offset                 section                        bytes (head_dim 128, k2v2)
+//   k_codes_offset()       K codes                        1024
+//   v_codes_offset()       V codes                        1024
+//   k_params_offset()      K scale and mid, a channel      128   i_s | (i_m + 7) << 4
+//   v_scales_offset()      V scale, a position              32   u8, 2^(u/8 - 16); 0: scale 0
+//   v_mids_offset()        V mid, a position                32   i8, in units of scale / 64
+//   k_norms_offset()       K norm, a position               32   u8, 2^(u/8 - 20); 0: norm 0
+//   k_units_offset()       fp16 max scale, fp16 max |mid|    4   U_s = max / 15, U_m = max / 7
+//   tile_bytes()           rounded up to 32 with zeros    2304
+//
+// Position: token t of a tile (0..31) stands at position 4 (t % 8) + t / 8. Arrays "a position"
+// and the 32-bit words of a K line are in position order, so a CPU vector of scores, the p bytes
+// of a V quad and the four tokens of a GPU thread are contiguous.
+//
+// K codes, 2 bits: 32-bit word [line L = c / 16][position], one token x 16 channels; byte b, bit
+// pair i of the word holds channel 16 L + 4 i + b:
+//     bits  31..30 29..28 27..26 25..24 | .. | 7..6  5..4  3..2  1..0
+//     chan   +15    +11    +7     +3    | .. | +12    +8    +4    +0
+// K codes, 4 bits: word [line L = c / 8][position]; byte b, nibble i holds channel 8 L + 4 i + b.
+//
+// V codes, 2 bits: word [quad Q = 0..7][channel j = 0..D/4-1], four tokens x 4 channels; byte b is
+// the token at position 4 Q + b (token Q + 8 b), bit pair i is channel i D/4 + j.
+// V codes, 4 bits: word [Q][j = 0..D/2-1]; nibble i is channel i D/2 + j.
+//
+// Dequantised values (N = 2^bits - 1), in the rotated basis:
+//   k = norm (U_m i_m + U_s i_s (code - N / 2)),   v = scale (mid / 64 + code - N / 2).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace oscar {
+
+inline constexpr int kTileTokens = 32;
+inline constexpr int kMinHeadDim = 32;
+inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kHeadDimStep = 16;
+inline constexpr int kNormBias = 20;    // K norm u8 -> 2^(u/8 - 20)
+inline constexpr int kVScaleBias = 16;  // V scale u8 -> 2^(u/8 - 16)
+inline constexpr int kMaxScaleIndex = 15;
+inline constexpr int kMaxMidIndex = 7;
+inline constexpr int kMaxVMid = 127;
+inline constexpr float kVMidUnit = 1.0f / 64.0f;
+inline constexpr float kMaxBalance = 64.0f;  // and its inverse: beyond it fp16 units could overflow
+inline constexpr float kMaxInput = 65504.0f;  // largest |k| or |v| that append accepts (fp16 max)
+
+struct Format {
+  int k_bits = 2;
+  int v_bits = 2;
+  friend constexpr bool operator==(Format, Format) = default;
+};
+
+inline constexpr Format kK2V2{2, 2};
+inline constexpr Format kK4V2{4, 2};
+inline constexpr Format kK4V4{4, 4};
+inline constexpr Format kFormats[] = {kK2V2, kK4V2, kK4V4};
+
+constexpr const char* name_of(Format format) {
+  return format == kK2V2 ? "k2v2" : format == kK4V2 ? "k4v2" : format == kK4V4 ? "k4v4" : "unknown";
+}
+
+constexpr bool is_format(Format format) {
+  return format == kK2V2 || format == kK4V2 || format == kK4V4;
+}
+
+constexpr bool is_head_dim(int head_dim) {
+  return head_dim >= kMinHeadDim && head_dim <= kMaxHeadDim && head_dim % kHeadDimStep == 0;
+}
+
+// Largest power of two that divides head_dim: the Hadamard block.
+constexpr int hadamard_block(int head_dim) { return head_dim & -head_dim; }
+
+constexpr int max_code(int bits) { return (1 << bits) - 1; }
+
+// Share of the (max - min) range that the codes span; notes on the choice in docs/format.md.
+constexpr float k_range_share(int bits) { return bits == 2 ? 0.88f : 1.0f; }
+constexpr float v_range_share(int bits) { return bits == 2 ? 0.82f : 1.0f; }
+
+constexpr int position_of(int token) { return 4 * (token % 8) + token / 8; }
+constexpr int token_at(int position) { return position / 4 + 8 * (position % 4); }
+
+// Fixed pseudo-random sign of a channel (finaliser of MurmurHash3 on channel + 1): keeps a vector
+// with a common offset from ending in one Hadamard coefficient.
+constexpr float channel_sign(int channel) {
+  auto h = static_cast<std::uint32_t>(channel + 1);
+  h ^= h >> 16;
+  h *= 0x85ebca6bu;
+  h ^= h >> 13;
+  h *= 0xc2b2ae35u;
+  h ^= h >> 16;
+  return (h & 1u) != 0 ? -1.0f : 1.0f;
+}
+
+struct TileLayout {
+  int head_dim = 128;
+  Format format = kK2V2;
+
+  constexpr int k_code_bytes() const { return kTileTokens * head_dim * format.k_bits / 8; }
+  constexpr int v_code_bytes() const { return kTileTokens * head_dim * format.v_bits / 8; }
+
+  constexpr int k_codes_offset() const { return 0; }
+  constexpr int v_codes_offset() const { return k_code_bytes(); }
+  constexpr int k_params_offset() const { return v_codes_offset() + v_code_bytes(); }
+  constexpr int v_scales_offset() const { return k_params_offset() + head_dim; }
+  constexpr int v_mids_offset() const { return v_scales_offset() + kTileTokens; }
+  constexpr int k_norms_offset() const { return v_mids_offset() + kTileTokens; }
+  constexpr int k_units_offset() const { return k_norms_offset() + kTileTokens; }
+  constexpr int tile_bytes() const { return (k_units_offset() + 4 + 31) / 32 * 32; }
+
+  // Channels that share one word: of one token for K, of one group stride for V.
+  constexpr int k_channels_per_word() const { return 32 / format.k_bits; }
+  constexpr int k_lines() const { return head_dim / k_channels_per_word(); }
+  constexpr int v_groups() const { return 8 / format.v_bits; }
+  constexpr int v_group_channels() const { return head_dim / v_groups(); }
+
+  // Word index and bit shift of one code within its section.
+  constexpr int k_word(int position, int channel) const {
+    return channel / k_channels_per_word() * kTileTokens + position;
+  }
+  constexpr int k_shift(int channel) const {
+    const int within = channel % k_channels_per_word();
+    return 8 * (within % 4) + format.k_bits * (within / 4);
+  }
+  constexpr int v_word(int position, int channel) const {
+    return position / 4 * v_group_channels() + channel % v_group_channels();
+  }
+  constexpr int v_shift(int position, int channel) const {
+    return 8 * (position % 4) + format.v_bits * (channel / v_group_channels());
+  }
+  constexpr double bits_per_element() const {
+    return 8.0 * tile_bytes() / (2.0 * kTileTokens * head_dim);
+  }
+};
+
+static_assert(TileLayout{64, kK2V2}.tile_bytes() == 1216);
+static_assert(TileLayout{128, kK2V2}.tile_bytes() == 2304);
+static_assert(TileLayout{256, kK2V2}.tile_bytes() == 4480);
+static_assert(TileLayout{128, kK4V2}.tile_bytes() == 3328);
+static_assert(TileLayout{128, kK4V4}.tile_bytes() == 4352);
+static_assert(TileLayout{64, kK2V2}.bits_per_element() == 2.375);
+static_assert(TileLayout{128, kK2V2}.bits_per_element() == 2.25);
+static_assert(TileLayout{256, kK2V2}.bits_per_element() == 2.1875);
+static_assert(TileLayout{128, kK2V2}.k_shift(16 + 4 * 3 + 2) == 8 * 2 + 2 * 3);
+static_assert(position_of(8) == 1 && position_of(1) == 4 && token_at(position_of(29)) == 29);
+static_assert(hadamard_block(96) == 32 && hadamard_block(80) == 16 && hadamard_block(256) == 256);
+
+}  // namespace oscar

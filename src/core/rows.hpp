@@ -1,0 +1,80 @@
+// SPDX-FileCopyrightText: 2026 The oscar-kv authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Conversions between a row of a caller's dtype and float, and the addresses of exact rows.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "oscar/cache.hpp"
+#include "oscar/tensor.hpp"
+
+namespace oscar {
+
+inline float bf16_to_float(std::uint16_t bits) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline std::uint16_t float_to_bf16(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+inline float fp16_to_float(std::uint16_t bits) {
+  return static_cast<float>(std::bit_cast<_Float16>(bits));
+}
+
+inline std::uint16_t float_to_fp16(float value) {
+  return std::bit_cast<std::uint16_t>(static_cast<_Float16>(value));
+}
+
+inline void load_row(const std::byte* source, DType dtype, int count, float* target) {
+  if (dtype == DType::kF32) {
+    std::memcpy(target, source, static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
+  for (int i = 0; i < count; ++i) {
+    std::uint16_t bits;
+    std::memcpy(&bits, source + 2 * i, sizeof bits);
+    target[i] = dtype == DType::kBF16 ? bf16_to_float(bits) : fp16_to_float(bits);
+  }
+}
+
+inline void store_row(const float* source, DType dtype, int count, std::byte* target) {
+  if (dtype == DType::kF32) {
+    std::memcpy(target, source, static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
+  for (int i = 0; i < count; ++i) {
+    const std::uint16_t bits =
+        dtype == DType::kBF16 ? float_to_bf16(source[i]) : float_to_fp16(source[i]);
+    std::memcpy(target + 2 * i, &bits, sizeof bits);
+  }
+}
+
+enum class Side : std::uint8_t { kKey = 0, kValue = 1 };
+
+// Row `row` (ring_row or sink_row) of sequence `b` in the exact memory.
+inline std::byte* exact_row(const Layout& layout, const CacheView& cache, int b, Side side,
+                            int kv_head, std::int64_t row) {
+  const std::int64_t plane = static_cast<std::int64_t>(cache.slot[b]) * 2 + static_cast<int>(side);
+  const std::int64_t index = (plane * layout.kv_heads + kv_head) * layout.exact_rows() + row;
+  return static_cast<std::byte*>(cache.exact) +
+         index * layout.head_dim * static_cast<std::int64_t>(size_of(layout.exact_dtype));
+}
+
+// Tile `tile` of sequence `b`, through the block table.
+inline std::uint8_t* tile_address(const Layout& layout, const CacheView& cache, int b, int kv_head,
+                                  std::int64_t tile) {
+  const std::int64_t page = cache.block_table[b * cache.max_pages + tile / layout.tiles_per_page()];
+  const std::int64_t within = tile % layout.tiles_per_page();
+  const std::int64_t index = (page * layout.kv_heads + kv_head) * layout.tiles_per_page() + within;
+  return cache.pages + index * layout.tile().tile_bytes();
+}
+
+}  // namespace oscar

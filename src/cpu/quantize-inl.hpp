@@ -1,0 +1,127 @@
+// SPDX-FileCopyrightText: 2026 The oscar-kv authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Scale and mid of every K channel and V token, and what turns a value into its code:
+// code = clamp(rint((value - mid) inverse + N / 2), 0, N).
+#pragma once
+
+#include "oscar/format.hpp"
+
+namespace oscar::cpu {
+namespace {
+
+// As stored, and unpacked for pack.
+struct KeyParams {
+  alignas(64) float mids[kMaxHeadDim];
+  alignas(64) float inverses[kMaxHeadDim];
+  std::uint8_t bytes[kMaxHeadDim];
+  std::uint16_t units[2];
+};
+struct ValueParams {  // by position
+  alignas(64) float mids[kTileTokens];
+  alignas(64) float inverses[kTileTokens];
+  std::uint8_t scale_bytes[kTileTokens];
+  std::uint8_t mid_bytes[kTileTokens];
+};
+
+inline Vf clamp(Vf v, float low, float high) { return min(max(v, splat(low)), splat(high)); }
+
+// Extremes of kLanes channels of `columns` over their 32 tokens, one channel a lane.
+inline void channel_ranges(const float* columns, Vf& low, Vf& high) {
+  Vf lows[kLanes];
+  Vf highs[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const float* channel = columns + i * kTileTokens;
+    lows[i] = highs[i] = load(channel);
+    for (int t = kLanes; t < kTileTokens; t += kLanes) {
+      const Vf z = load(channel + t);
+      lows[i] = min(z, lows[i]);
+      highs[i] = max(z, highs[i]);
+    }
+  }
+  transpose(lows);
+  transpose(highs);
+  low = lows[0];
+  high = highs[0];
+  for (int i = 1; i < kLanes; ++i) {
+    low = min(lows[i], low);
+    high = max(highs[i], high);
+  }
+}
+
+// Parameters of z [head_dim][32 tokens].
+template <int kBits>
+inline void quantize_keys(const float* columns, int head_dim, KeyParams& params) {
+  constexpr float kShare = k_range_share(kBits) / static_cast<float>(max_code(kBits));
+  alignas(64) float scales[kMaxHeadDim];
+  Vf max_scale = splat(0.0f);
+  Vf max_mid = splat(0.0f);
+  for (int c = 0; c < head_dim; c += kLanes) {
+    Vf low;
+    Vf high;
+    channel_ranges(columns + c * kTileTokens, low, high);
+    const Vf scale = splat(kShare) * (high - low);
+    const Vf mid = splat(0.5f) * (high + low);
+    store(scales + c, scale);
+    store(params.mids + c, mid);
+    max_scale = max(scale, max_scale);
+    max_mid = max(abs(mid), max_mid);
+  }
+  params.units[0] = float_to_half(reduce_max(max_scale));
+  params.units[1] = float_to_half(reduce_max(max_mid));
+  const float scale_unit = half_to_float(params.units[0]) / static_cast<float>(kMaxScaleIndex);
+  const float mid_unit = half_to_float(params.units[1]) / static_cast<float>(kMaxMidIndex);
+
+  alignas(64) std::int32_t indices[kMaxHeadDim];
+  for (int c = 0; c < head_dim; c += kLanes) {
+    const Vf scale = load(scales + c) / splat(scale_unit == 0.0f ? 1.0f : scale_unit);
+    const Vf mid = load(params.mids + c) / splat(mid_unit == 0.0f ? 1.0f : mid_unit);
+    const Vi i_s = scale_unit == 0.0f ? splat_int(1) : to_int(clamp(scale, 1, kMaxScaleIndex));
+    const Vi i_m =
+        mid_unit == 0.0f ? splat_int(0) : to_int(clamp(mid, -kMaxMidIndex, kMaxMidIndex));
+    store(params.mids + c, to_float(i_m) * splat(mid_unit));
+    const Vf stored = to_float(i_s) * splat(scale_unit);
+    store(params.inverses + c, zero_where_zero(as_int(stored), splat(1.0f) / stored));
+    store_int(indices + c, i_s | shift_left(add_int(i_m, splat_int(kMaxMidIndex)), 4));
+  }
+  for (int c = 0; c < head_dim; ++c) params.bytes[c] = static_cast<std::uint8_t>(indices[c]);
+}
+
+// Parameters of 32 tokens from the extremes of each, by position.
+template <int kBits>
+inline void quantize_values(const float* lows, const float* highs, ValueParams& params) {
+  constexpr float kSteps = static_cast<float>(max_code(kBits));
+  constexpr float kShare = v_range_share(kBits) / kSteps;
+  constexpr float kReach = 1.0f / (kMaxVMid * kVMidUnit + 0.5f * kSteps);
+  for (int p = 0; p < kTileTokens; p += kLanes) {
+    const Vf low = load(lows + p);
+    const Vf high = load(highs + p);
+    const Vf mid = splat(0.5f) * (high + low);
+    const Vf wanted = splat(kShare) * (high - low);
+    const Vf least = (abs(mid) + splat(0.5f * kSteps) * wanted) * splat(kReach);
+    alignas(64) float scales[kLanes];
+    store(scales, max(wanted, least));
+    for (int i = 0; i < kLanes; ++i) {
+      params.scale_bytes[p + i] = log2_index(scales[i], kSixteenthBounds, kVScaleOffset);
+    }
+    const Vi u = load_u8(params.scale_bytes + p);
+    const Vf inverse = inverse_scale_of(u, kVScaleOffset);
+    const Vf steps = mid * (splat(64.0f) * inverse);
+    const Vi index = to_int(clamp(steps, -kMaxVMid, kMaxVMid));
+    store(params.mids + p, to_float(index) * (scale_of(u, kVScaleOffset) * splat(kVMidUnit)));
+    store(params.inverses + p, inverse);
+    alignas(64) std::int32_t indices[kLanes];
+    store_int(indices, index);
+    for (int i = 0; i < kLanes; ++i)
+      params.mid_bytes[p + i] = static_cast<std::uint8_t>(indices[i]);
+  }
+}
+
+template <int kBits>
+inline Vi code_of(Vf value, Vf mid, Vf inverse) {
+  constexpr auto kSteps = static_cast<float>(max_code(kBits));
+  return to_int(clamp((value - mid) * inverse + splat(0.5f * kSteps), 0.0f, kSteps));
+}
+
+}  // namespace
+}  // namespace oscar::cpu

@@ -1,0 +1,75 @@
+// SPDX-FileCopyrightText: 2026 The oscar-kv authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// A code stands in 32-bit little-endian words; byte by byte here, so that no byte order is assumed.
+#include "reference/pack.hpp"
+
+#include <cstring>
+
+namespace oscar::reference {
+namespace {
+
+void put(std::uint8_t* section, int word, int shift, std::uint8_t code) {
+  section[4 * word + shift / 8] |= static_cast<std::uint8_t>(code << (shift % 8));
+}
+
+std::uint8_t get(const std::uint8_t* section, int word, int shift, int bits) {
+  return static_cast<std::uint8_t>(section[4 * word + shift / 8] >> (shift % 8) & max_code(bits));
+}
+
+void put_half(std::uint8_t* bytes, std::uint16_t half) {
+  bytes[0] = static_cast<std::uint8_t>(half & 0xffu);
+  bytes[1] = static_cast<std::uint8_t>(half >> 8);
+}
+
+std::uint16_t get_half(const std::uint8_t* bytes) {
+  return static_cast<std::uint16_t>(bytes[0] | bytes[1] << 8);
+}
+
+}  // namespace
+
+void pack(const TileLayout& layout, const Tile& tile, std::uint8_t* bytes) {
+  std::memset(bytes, 0, static_cast<std::size_t>(layout.tile_bytes()));
+  for (int t = 0; t < kTileTokens; ++t) {
+    const int p = position_of(t);
+    for (int c = 0; c < layout.head_dim; ++c) {
+      put(bytes + layout.k_codes_offset(), layout.k_word(p, c), layout.k_shift(c),
+          tile.k_codes[t][c]);
+      put(bytes + layout.v_codes_offset(), layout.v_word(p, c), layout.v_shift(p, c),
+          tile.v_codes[t][c]);
+    }
+    bytes[layout.v_scales_offset() + p] = tile.v_scales[t];
+    bytes[layout.v_mids_offset() + p] = static_cast<std::uint8_t>(tile.v_mids[t]);
+    bytes[layout.k_norms_offset() + p] = tile.k_norms[t];
+  }
+  for (int c = 0; c < layout.head_dim; ++c) {
+    bytes[layout.k_params_offset() + c] =
+        static_cast<std::uint8_t>(tile.k_scales[c] | (tile.k_mids[c] + kMaxMidIndex) << 4);
+  }
+  put_half(bytes + layout.k_units_offset(), tile.k_max_scale);
+  put_half(bytes + layout.k_units_offset() + 2, tile.k_max_mid);
+}
+
+void unpack(const TileLayout& layout, const std::uint8_t* bytes, Tile& tile) {
+  for (int t = 0; t < kTileTokens; ++t) {
+    const int p = position_of(t);
+    for (int c = 0; c < layout.head_dim; ++c) {
+      tile.k_codes[t][c] = get(bytes + layout.k_codes_offset(), layout.k_word(p, c),
+                               layout.k_shift(c), layout.format.k_bits);
+      tile.v_codes[t][c] = get(bytes + layout.v_codes_offset(), layout.v_word(p, c),
+                               layout.v_shift(p, c), layout.format.v_bits);
+    }
+    tile.v_scales[t] = bytes[layout.v_scales_offset() + p];
+    tile.v_mids[t] = static_cast<std::int8_t>(bytes[layout.v_mids_offset() + p]);
+    tile.k_norms[t] = bytes[layout.k_norms_offset() + p];
+  }
+  for (int c = 0; c < layout.head_dim; ++c) {
+    const int param = bytes[layout.k_params_offset() + c];
+    tile.k_scales[c] = static_cast<std::uint8_t>(param & 15);
+    tile.k_mids[c] = static_cast<std::int8_t>((param >> 4) - kMaxMidIndex);
+  }
+  tile.k_max_scale = get_half(bytes + layout.k_units_offset());
+  tile.k_max_mid = get_half(bytes + layout.k_units_offset() + 2);
+}
+
+}  // namespace oscar::reference

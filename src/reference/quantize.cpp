@@ -1,0 +1,107 @@
+// SPDX-FileCopyrightText: 2026 The oscar-kv authors
+// SPDX-License-Identifier: Apache-2.0
+//
+#include "reference/quantize.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/rows.hpp"
+#include "reference/scale.hpp"
+
+namespace oscar::reference {
+namespace {
+
+struct Range {
+  float mid;
+  float span;
+};
+
+Range range_of(const float* values, int count, int stride) {
+  float low = values[0];
+  float high = values[0];
+  for (int i = 1; i < count; ++i) {
+    low = std::min(low, values[i * stride]);
+    high = std::max(high, values[i * stride]);
+  }
+  return {0.5f * (high + low), high - low};
+}
+
+int rint_clamped(float x, int low, int high) {
+  return static_cast<int>(
+      std::clamp(std::rint(x), static_cast<float>(low), static_cast<float>(high)));
+}
+
+std::uint8_t code_of(float value, float mid, float inverse_scale, int bits) {
+  const float middle = 0.5f * static_cast<float>(max_code(bits));
+  return static_cast<std::uint8_t>(
+      rint_clamped((value - mid) * inverse_scale + middle, 0, max_code(bits)));
+}
+
+}  // namespace
+
+void quantize_keys(const TileLayout& layout, float* y, Tile& tile) {
+  const int head_dim = layout.head_dim;
+  const int bits = layout.format.k_bits;
+  for (int t = 0; t < kTileTokens; ++t) {
+    float* row = y + t * head_dim;
+    tile.k_norms[t] = norm_index(head_dim, row);
+    const float inverse = inverse_norm_of(tile.k_norms[t]);
+    for (int c = 0; c < head_dim; ++c) row[c] *= inverse;
+  }
+
+  const float share = k_range_share(bits) / static_cast<float>(max_code(bits));
+  float scales[kMaxHeadDim];
+  float mids[kMaxHeadDim];
+  float max_scale = 0.0f;
+  float max_mid = 0.0f;
+  for (int c = 0; c < head_dim; ++c) {
+    const Range range = range_of(y + c, kTileTokens, head_dim);
+    scales[c] = share * range.span;
+    mids[c] = range.mid;
+    max_scale = std::max(max_scale, scales[c]);
+    max_mid = std::max(max_mid, std::abs(mids[c]));
+  }
+  tile.k_max_scale = float_to_fp16(max_scale);
+  tile.k_max_mid = float_to_fp16(max_mid);
+  const float scale_unit = fp16_to_float(tile.k_max_scale) / static_cast<float>(kMaxScaleIndex);
+  const float mid_unit = fp16_to_float(tile.k_max_mid) / static_cast<float>(kMaxMidIndex);
+
+  for (int c = 0; c < head_dim; ++c) {
+    const int scale_index =
+        scale_unit == 0.0f ? 1 : rint_clamped(scales[c] / scale_unit, 1, kMaxScaleIndex);
+    const int mid_index =
+        mid_unit == 0.0f ? 0 : rint_clamped(mids[c] / mid_unit, -kMaxMidIndex, kMaxMidIndex);
+    tile.k_scales[c] = static_cast<std::uint8_t>(scale_index);
+    tile.k_mids[c] = static_cast<std::int8_t>(mid_index);
+    // The codes follow the stored parameters, not the ones they were rounded from.
+    const float scale = static_cast<float>(scale_index) * scale_unit;
+    const float mid = static_cast<float>(mid_index) * mid_unit;
+    const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+    for (int t = 0; t < kTileTokens; ++t) {
+      tile.k_codes[t][c] = code_of(y[t * head_dim + c], mid, inverse, bits);
+    }
+  }
+}
+
+void quantize_value(const TileLayout& layout, int token, const float* y, Tile& tile) {
+  const int head_dim = layout.head_dim;
+  const int bits = layout.format.v_bits;
+  const auto steps = static_cast<float>(max_code(bits));
+  const Range range = range_of(y, head_dim, 1);
+  const float wanted = v_range_share(bits) / steps * range.span;
+  // Large enough that mid, at most 127/64 scales, and the codes reach the far end together.
+  const float reach = 1.0f / (kMaxVMid * kVMidUnit + 0.5f * steps);
+  const float least = (std::abs(range.mid) + 0.5f * steps * wanted) * reach;
+
+  const std::uint8_t index = value_scale_index(std::max(wanted, least));
+  const float scale = value_scale_of(index);
+  const float inverse = inverse_value_scale_of(index);
+  const int mid_index = rint_clamped(range.mid * (64.0f * inverse), -kMaxVMid, kMaxVMid);
+  const float mid = static_cast<float>(mid_index) * (scale * kVMidUnit);
+  tile.v_scales[token] = index;
+  tile.v_mids[token] = static_cast<std::int8_t>(mid_index);
+  for (int c = 0; c < head_dim; ++c) tile.v_codes[token][c] = code_of(y[c], mid, inverse, bits);
+}
+
+}  // namespace oscar::reference

@@ -1,0 +1,212 @@
+// SPDX-FileCopyrightText: 2026 The oscar-kv authors
+// SPDX-License-Identifier: Apache-2.0
+#include "reference/quantize.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "core/rows.hpp"
+#include "reference/page.hpp"
+#include "reference/rotate.hpp"
+#include "reference/scale.hpp"
+
+namespace oscar::reference {
+namespace {
+
+using Keys = std::vector<float>;  // [32, head_dim]
+
+struct Restored {
+  std::vector<double> k;
+  std::vector<double> v;
+};
+
+Restored restore(const TileLayout& layout, const Tile& tile, int token) {
+  const auto size = static_cast<std::size_t>(layout.head_dim);
+  Restored row{std::vector<double>(size), std::vector<double>(size)};
+  read_packed(layout, tile, token, row.k.data(), row.v.data());
+  return row;
+}
+
+// K of +-1 has norm 1, so that z is y. Channel 0 is +1 at tokens 0..15, others alternate.
+TEST(QuantizeKeys, HandComputed) {
+  const TileLayout layout{32, kK2V2};
+  Keys y(32 * 32);
+  for (int t = 0; t < 32; ++t) {
+    for (int c = 0; c < 32; ++c) y[t * 32 + c] = c == 0 ? (t < 16 ? 1 : -1) : (t % 2 ? 1 : -1);
+  }
+  Tile tile{};
+  quantize_keys(layout, y.data(), tile);
+  const float scale = 0.88f / 3 * 2;
+  EXPECT_EQ(tile.k_max_scale, float_to_fp16(scale));
+  EXPECT_EQ(tile.k_max_mid, 0);
+  for (int t = 0; t < 32; ++t) {
+    EXPECT_EQ(tile.k_norms[t], 160);
+    for (int c = 0; c < 32; ++c) {
+      EXPECT_EQ(tile.k_scales[c], 15);
+      EXPECT_EQ(tile.k_mids[c], 0);
+      EXPECT_EQ(tile.k_codes[t][c], y[t * 32 + c] > 0 ? 3 : 0);
+    }
+  }
+  EXPECT_NEAR(restore(layout, tile, 0).k[0], 1.5 * scale, 1e-3);
+}
+
+// All tokens equal: every channel is constant, only the mids carry it.
+TEST(QuantizeKeys, ConstantChannels) {
+  const TileLayout layout{32, kK2V2};
+  Keys y(32 * 32);
+  for (int t = 0; t < 32; ++t) {
+    for (int c = 0; c < 32; ++c) y[t * 32 + c] = c % 2 ? 1.0f : -1.0f;
+  }
+  Tile tile{};
+  quantize_keys(layout, y.data(), tile);
+  EXPECT_EQ(tile.k_max_scale, 0);
+  EXPECT_EQ(tile.k_max_mid, float_to_fp16(1.0f));
+  for (int c = 0; c < 32; ++c) {
+    EXPECT_EQ(tile.k_scales[c], 1);
+    EXPECT_EQ(tile.k_mids[c], c % 2 ? 7 : -7);
+    EXPECT_EQ(tile.k_codes[5][c], 2) << "rint(N / 2), half to even";
+    EXPECT_EQ(restore(layout, tile, 5).k[c], c % 2 ? 1.0 : -1.0);
+  }
+}
+
+TEST(QuantizeKeys, ZeroTokensRestoreToZero) {
+  const TileLayout layout{48, kK4V2};
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  Keys y(32 * 48);
+  for (float& x : y) x = normal(random);
+  std::fill_n(y.begin() + 7 * 48, 48, 0.0f);
+  Tile tile{};
+  quantize_keys(layout, y.data(), tile);
+  EXPECT_EQ(tile.k_norms[7], 0);
+  for (const double k : restore(layout, tile, 7).k) EXPECT_EQ(k, 0.0);
+  std::fill(y.begin(), y.end(), 0.0f);
+  quantize_keys(layout, y.data(), tile);
+  for (const double k : restore(layout, tile, 0).k) EXPECT_EQ(k, 0.0);
+}
+
+TEST(QuantizeKeys, NormOfATokenDoesNotTouchOthers) {
+  const TileLayout layout{64, kK2V2};
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  Keys y(32 * 64);
+  for (float& x : y) x = normal(random);
+  Keys loud = y;
+  for (int c = 0; c < 64; ++c) loud[3 * 64 + c] *= 64.0f;
+  Tile a{};
+  Tile b{};
+  quantize_keys(layout, y.data(), a);
+  quantize_keys(layout, loud.data(), b);
+  EXPECT_EQ(b.k_norms[3], a.k_norms[3] + 48) << "six octaves";
+  b.k_norms[3] = a.k_norms[3];
+  for (int t = 0; t < 32; ++t)
+    EXPECT_TRUE(std::equal(a.k_codes[t], a.k_codes[t] + 64, b.k_codes[t]));
+  EXPECT_TRUE(std::equal(a.k_scales, a.k_scales + 64, b.k_scales));
+}
+
+// Half a step of the widest scale, what the 1/15 and 1/7 grids add, and the share that is cut off.
+TEST(QuantizeKeys, ErrorIsBounded) {
+  for (const Format format : {kK2V2, kK4V4}) {
+    const TileLayout layout{128, format};
+    const double steps = max_code(format.k_bits);
+    std::mt19937 random(3);
+    std::normal_distribution<float> normal;
+    Keys y(32 * 128);
+    for (float& x : y) x = normal(random);
+    Keys z = y;
+    Tile tile{};
+    quantize_keys(layout, z.data(), tile);
+    const double scale_unit = fp16_to_float(tile.k_max_scale) / 15.0;
+    const double mid_unit = fp16_to_float(tile.k_max_mid) / 7.0;
+    for (int t = 0; t < 32; ++t) {
+      const Restored row = restore(layout, tile, t);
+      for (int c = 0; c < 128; ++c) {
+        const double scale = tile.k_scales[c] * scale_unit;
+        const double true_scale = scale + 0.5 * scale_unit;
+        const double half_range = 0.5 * steps * true_scale / k_range_share(format.k_bits);
+        const double bound =
+            std::max(0.5 * scale, half_range - 0.5 * steps * scale + 0.5 * mid_unit);
+        ASSERT_LE(std::abs(row.k[c] - y[t * 128 + c]), norm_of(tile.k_norms[t]) * bound * 1.001);
+      }
+    }
+  }
+}
+
+TEST(QuantizeValue, HandComputed) {
+  const TileLayout layout{32, kK2V2};
+  std::vector<float> y(32);
+  for (int c = 0; c < 32; ++c) y[c] = static_cast<float>(c % 4) - 1.0f;  // -1 0 1 2, mid 0.5
+  Tile tile{};
+  quantize_value(layout, 9, y.data(), tile);
+  // 0.82 lies between 2^(-3/8) = 0.771 and 2^(-2/8) = 0.841, nearer to the latter.
+  EXPECT_EQ(tile.v_scales[9], 128 - 2);
+  EXPECT_EQ(tile.v_mids[9], 38) << "rint(64 0.5 / 0.841)";
+  for (int c = 0; c < 32; ++c) EXPECT_EQ(tile.v_codes[9][c], c % 4);
+}
+
+// A V that is one channel in the original basis is +-constant in the rotated one, and one with a
+// common offset can be constant: the range is then 0 and all of the value is in mid.
+TEST(QuantizeValue, ConstantRow) {
+  for (const Format format : kFormats) {
+    const TileLayout layout{64, format};
+    std::vector<float> y(64, 0.0f);
+    y[0] = 3.0f;
+    rotate_row(Row::kValue, 64, nullptr, y.data());
+    ASSERT_TRUE(std::all_of(y.begin(), y.end(), [&](float x) { return x == y[0]; }));
+    Tile tile{};
+    quantize_value(layout, 0, y.data(), tile);
+    for (const double v : restore(layout, tile, 0).v) {
+      EXPECT_NEAR(v, y[0], 0.5 * value_scale_of(tile.v_scales[0])) << name_of(format);
+    }
+  }
+}
+
+TEST(QuantizeValue, ZeroRow) {
+  const TileLayout layout{32, kK4V4};
+  const std::vector<float> y(32, 0.0f);
+  Tile tile{};
+  quantize_value(layout, 0, y.data(), tile);
+  EXPECT_EQ(tile.v_scales[0], 0);
+  EXPECT_EQ(tile.v_mids[0], 0);
+  EXPECT_EQ(tile.v_codes[0][0], 8) << "rint(7.5)";
+  for (const double v : restore(layout, tile, 0).v) EXPECT_EQ(v, 0.0);
+}
+
+// Any offset against the range, any size: the error stays within the range that is cut off.
+TEST(QuantizeValue, ErrorIsBounded) {
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  std::uniform_real_distribution<float> octave(-8.0f, 8.0f);
+  for (const Format format : kFormats) {
+    const TileLayout layout{96, format};
+    const double steps = max_code(format.v_bits);
+    for (int i = 0; i < 500; ++i) {
+      std::vector<float> y(96);
+      const float size = std::exp2(octave(random));
+      const float offset = size * std::exp2(octave(random)) * normal(random);
+      for (float& x : y) x = offset + size * normal(random);
+      Tile tile{};
+      quantize_value(layout, 0, y.data(), tile);
+      const auto [low, high] = std::minmax_element(y.begin(), y.end());
+      const double half_range = 0.5 * (*high - *low);
+      const double scale = value_scale_of(tile.v_scales[0]);
+      // A step of mid is 1/64; a scale that was rounded down may also leave mid at its limit.
+      const double mid_error =
+          std::max(scale / 128, std::abs(0.5 * (*high + *low)) - 127.0 / 64.0 * scale);
+      const double bound = std::max(0.5 * scale, half_range - 0.5 * steps * scale + mid_error);
+      const Restored row = restore(layout, tile, 0);
+      for (int c = 0; c < 96; ++c) {
+        ASSERT_LE(std::abs(row.v[c] - y[c]), bound * 1.001)
+            << name_of(format) << " size " << size << " offset " << offset;
+      }
+      ASSERT_LE(bound, 0.42 * (std::abs(offset) + 8 * size));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace oscar::reference
