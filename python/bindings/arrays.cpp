@@ -1,0 +1,204 @@
+// SPDX-FileCopyrightText: 2026 The oscar-kv authors
+// SPDX-License-Identifier: Apache-2.0
+#include "arrays.hpp"
+
+#include <cstdint>
+#include <vector>
+
+#include "core/check.hpp"
+
+namespace oscar::python {
+namespace {
+
+std::string text(const nb::dlpack::dtype& dtype) {
+  const auto code = static_cast<nb::dlpack::dtype_code>(dtype.code);
+  const char* family = code == nb::dlpack::dtype_code::Int      ? "int"
+                       : code == nb::dlpack::dtype_code::UInt   ? "uint"
+                       : code == nb::dlpack::dtype_code::Float  ? "float"
+                       : code == nb::dlpack::dtype_code::Bfloat ? "bfloat"
+                       : code == nb::dlpack::dtype_code::Bool   ? "bool"
+                                                                : "dtype";
+  return family + std::to_string(dtype.bits);
+}
+
+template <typename AnyArray>
+std::string shape_text(const AnyArray& array) {
+  std::string result = "[";
+  for (std::size_t i = 0; i < array.ndim(); ++i) {
+    result += (i == 0 ? "" : ", ") + std::to_string(array.shape(i));
+  }
+  return result + "]";
+}
+
+std::string shape_text(std::initializer_list<std::int64_t> shape) {
+  std::string result = "[";
+  for (const std::int64_t extent : shape) {
+    if (result.size() > 1) result += ", ";
+    result += extent < 0 ? "any" : std::to_string(extent);
+  }
+  return result + "]";
+}
+
+template <typename AnyArray>
+void require_cpu(const char* name, const AnyArray& array) {
+  if (array.device_type() == nb::device::cpu::value) return;
+  throw nb::type_error((std::string(name) + " is on DLPack device type " +
+                        std::to_string(array.device_type()) + ", must be on the CPU")
+                           .c_str());
+}
+
+template <typename AnyArray>
+void require(const char* name, const AnyArray& array, const nb::dlpack::dtype& dtype,
+             std::initializer_list<std::int64_t> shape) {
+  require_cpu(name, array);
+  if (array.dtype() != dtype) {
+    throw nb::type_error(
+        (std::string(name) + " has dtype " + text(array.dtype()) + ", must be " + text(dtype))
+            .c_str());
+  }
+  bool fits = array.ndim() == shape.size();
+  for (std::size_t i = 0; fits && i < shape.size(); ++i) {
+    const std::int64_t extent = shape.begin()[i];
+    fits = extent < 0 || static_cast<std::int64_t>(array.shape(i)) == extent;
+  }
+  if (!fits) {
+    throw nb::value_error(
+        (std::string(name) + " has shape " + shape_text(array) + ", must be " + shape_text(shape))
+            .c_str());
+  }
+  std::int64_t stride = 1;
+  for (std::size_t i = array.ndim(); i-- > 0;) {
+    if (array.shape(i) > 1 && array.stride(i) != stride) {
+      throw nb::value_error((std::string(name) + " has stride " + std::to_string(array.stride(i)) +
+                             " in dimension " + std::to_string(i) + ", must be contiguous (" +
+                             std::to_string(stride) + ")")
+                                .c_str());
+    }
+    stride *= static_cast<std::int64_t>(array.shape(i));
+  }
+}
+
+template <typename Rows, typename AnyArray>
+Rows rows(const char* name, const AnyArray& array, std::int64_t head_dim) {
+  require_cpu(name, array);
+  const DType dtype = row_dtype(name, array.dtype());
+  if (array.ndim() != 3 || static_cast<std::int64_t>(array.shape(2)) != head_dim) {
+    throw nb::value_error((std::string(name) + " has shape " + shape_text(array) +
+                           ", must be [tokens, heads, " + std::to_string(head_dim) + "]")
+                              .c_str());
+  }
+  if (array.stride(2) != 1) {
+    throw nb::value_error((std::string(name) + " has stride " + std::to_string(array.stride(2)) +
+                           " in head_dim, must be 1")
+                              .c_str());
+  }
+  return {array.data(),
+          dtype,
+          static_cast<std::int64_t>(array.shape(0)),
+          static_cast<std::int32_t>(array.shape(1)),
+          array.stride(0),
+          array.stride(1)};
+}
+
+}  // namespace
+
+void raise(const Status& status) {
+  const char* message = status.message().c_str();
+  switch (status.code()) {
+    case StatusCode::kOutOfRange:
+      throw nb::index_error(message);
+    case StatusCode::kWrongType:
+      throw nb::type_error(message);
+    case StatusCode::kUnsupported:
+      PyErr_SetString(PyExc_NotImplementedError, message);
+      throw nb::python_error();
+    default:
+      throw nb::value_error(message);
+  }
+}
+
+Format parse_format(const std::string& name) {
+  for (const Format format : kFormats) {
+    if (name == name_of(format)) return format;
+  }
+  throw nb::value_error(("format is '" + name + "', must be k2v2, k4v2 or k4v4").c_str());
+}
+
+DType row_dtype(const char* name, const nb::dlpack::dtype& dtype) {
+  if (dtype == nb::dtype<float>()) return DType::kF32;
+  const auto code = static_cast<nb::dlpack::dtype_code>(dtype.code);
+  if (dtype.bits == 16 && dtype.lanes == 1) {
+    if (code == nb::dlpack::dtype_code::Bfloat) return DType::kBF16;
+    if (code == nb::dlpack::dtype_code::Float) return DType::kF16;
+  }
+  throw nb::type_error(
+      (std::string(name) + " has dtype " + text(dtype) + ", must be float32, float16 or bfloat16")
+          .c_str());
+}
+
+ConstRows const_rows(const char* name, const Array& array, std::int64_t head_dim) {
+  return rows<ConstRows>(name, array, head_dim);
+}
+
+MutableRows mutable_rows(const char* name, const MutableArray& array, std::int64_t head_dim) {
+  return rows<MutableRows>(name, array, head_dim);
+}
+
+const std::int32_t* i32(const char* name, const Array& array,
+                        std::initializer_list<std::int64_t> shape) {
+  require(name, array, nb::dtype<std::int32_t>(), shape);
+  return static_cast<const std::int32_t*>(array.data());
+}
+
+const float* f32(const char* name, const Array& array, std::initializer_list<std::int64_t> shape) {
+  require(name, array, nb::dtype<float>(), shape);
+  return static_cast<const float*>(array.data());
+}
+
+float* f32(const char* name, const MutableArray& array, std::initializer_list<std::int64_t> shape) {
+  require(name, array, nb::dtype<float>(), shape);
+  return static_cast<float*>(array.data());
+}
+
+CacheArguments cache_arguments(const CacheArrays& arrays, const std::string& format,
+                               std::int32_t window, std::int32_t sinks) {
+  CacheArguments result;
+  Layout& layout = result.layout;
+  layout.format = parse_format(format);
+  layout.window = window;
+  layout.sinks = sinks;
+  if (arrays.pages.ndim() != 4 || arrays.exact.ndim() != 5) {
+    throw nb::value_error(
+        ("pages has shape " + shape_text(arrays.pages) + " and exact " + shape_text(arrays.exact) +
+         ", must be [num_pages, kv_heads, tiles_per_page, tile_bytes] and [slots, 2, kv_heads, "
+         "ring_tokens + sinks, head_dim]")
+            .c_str());
+  }
+  layout.kv_heads = static_cast<std::int32_t>(arrays.pages.shape(1));
+  layout.page_tokens = static_cast<std::int32_t>(arrays.pages.shape(2)) * kTileTokens;
+  layout.head_dim = static_cast<std::int32_t>(arrays.exact.shape(4));
+  layout.exact_dtype = row_dtype("exact", arrays.exact.dtype());
+  check(check_layout(layout));
+  require("pages", arrays.pages, nb::dtype<std::uint8_t>(),
+          {-1, layout.kv_heads, layout.tiles_per_page(), layout.tile().tile_bytes()});
+  require("exact", arrays.exact, arrays.exact.dtype(),
+          {-1, 2, layout.kv_heads, layout.exact_rows(), layout.head_dim});
+
+  CacheView& view = result.view;
+  view.pages = static_cast<std::uint8_t*>(const_cast<void*>(arrays.pages.data()));
+  view.num_pages = static_cast<std::int64_t>(arrays.pages.shape(0));
+  view.exact = const_cast<void*>(arrays.exact.data());
+  view.slots = static_cast<std::int64_t>(arrays.exact.shape(0));
+  result.batch = static_cast<std::int32_t>(arrays.slot.ndim() == 1 ? arrays.slot.shape(0) : 0);
+  view.slot = i32("slot", arrays.slot, {-1});
+  view.seq_len = i32("seq_len", arrays.seq_len, {result.batch});
+  view.block_table = i32("block_table", arrays.block_table, {result.batch, -1});
+  view.max_pages = static_cast<std::int64_t>(arrays.block_table.shape(1));
+  if (arrays.exact_from) view.exact_from = i32("exact_from", *arrays.exact_from, {result.batch});
+  if (arrays.balance) {
+    view.balance = f32("balance", *arrays.balance, {layout.kv_heads, layout.head_dim});
+  }
+  return result;
+}
+
+}  // namespace oscar::python

@@ -1,0 +1,67 @@
+// SPDX-FileCopyrightText: 2026 The oscar-kv authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// DLPack arrays in, the library's views out. Every mismatch is a Python exception that names the
+// argument, its value and what it must be: TypeError for dtypes and devices, ValueError for shapes
+// and strides.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "oscar/cache.hpp"
+#include "oscar/status.hpp"
+#include "oscar/tensor.hpp"
+
+namespace oscar::python {
+
+namespace nb = nanobind;
+using Array = nb::ndarray<nb::ro>;
+using OptionalArray = std::optional<Array>;
+using MutableArray = nb::ndarray<>;
+
+[[noreturn]] void raise(const Status& status);
+inline void check(const Status& status) {
+  if (!status.ok()) raise(status);
+}
+
+Format parse_format(const std::string& name);
+
+// Any of the three row dtypes.
+DType row_dtype(const char* name, const nb::dlpack::dtype& dtype);
+
+// [tokens, heads, head_dim] with head_dim contiguous.
+ConstRows const_rows(const char* name, const Array& array, std::int64_t head_dim);
+MutableRows mutable_rows(const char* name, const MutableArray& array, std::int64_t head_dim);
+
+// A contiguous CPU array of exactly this dtype and shape; -1 in `shape` takes any extent.
+const std::int32_t* i32(const char* name, const Array& array,
+                        std::initializer_list<std::int64_t> shape);
+const float* f32(const char* name, const Array& array, std::initializer_list<std::int64_t> shape);
+float* f32(const char* name, const MutableArray& array, std::initializer_list<std::int64_t> shape);
+
+// The arrays of one layer, and what they say about the layout.
+struct CacheArrays {
+  Array pages;               // u8 [num_pages, kv_heads, tiles_per_page, tile_bytes]
+  Array exact;               // [slots, 2, kv_heads, ring_tokens + sinks, head_dim]
+  Array block_table;         // i32 [batch, max_pages]
+  Array slot;                // i32 [batch]
+  Array seq_len;             // i32 [batch]
+  OptionalArray exact_from;  // i32 [batch]
+  OptionalArray balance;     // f32 [kv_heads, head_dim]
+};
+
+struct CacheArguments {
+  Layout layout;
+  CacheView view;
+  std::int32_t batch = 0;
+};
+CacheArguments cache_arguments(const CacheArrays& arrays, const std::string& format,
+                               std::int32_t window, std::int32_t sinks);
+
+}  // namespace oscar::python

@@ -1,0 +1,194 @@
+// SPDX-FileCopyrightText: 2026 The oscar-kv authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The native module oscar_kv._core: checks arrays, releases the GIL, calls the library.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "arrays.hpp"
+#include "core/check.hpp"
+#include "oscar/append.hpp"
+#include "oscar/attend.hpp"
+#include "oscar/backend.hpp"
+#include "read_bound.hpp"
+#include "reference/page.hpp"
+
+namespace oscar::python {
+namespace {
+
+using namespace nb::literals;
+
+AppendPart parse_part(const std::string& part) {
+  if (part == "both") return AppendPart::kBoth;
+  if (part == "pack") return AppendPart::kPack;
+  if (part == "remember") return AppendPart::kRemember;
+  throw nb::value_error(("part is '" + part + "', must be both, pack or remember").c_str());
+}
+
+void append_rows(const CacheArrays& arrays, const Array& k, const Array& v,
+                 const Array& query_start, const std::string& format, std::int32_t window,
+                 std::int32_t sinks, const std::string& part) {
+  const CacheArguments cache = cache_arguments(arrays, format, window, sinks);
+  const AppendPart which = parse_part(part);
+  const ConstRows k_rows = const_rows("k", k, cache.layout.head_dim);
+  const ConstRows v_rows = const_rows("v", v, cache.layout.head_dim);
+  const Batch batch{cache.batch, i32("query_start", query_start, {cache.batch + 1})};
+  Status status;
+  {
+    nb::gil_scoped_release release;
+    status = append(cache.layout, cache.view, batch, k_rows, v_rows, which);
+  }
+  check(status);
+}
+
+struct AttendArrays {
+  Array q, k_new, v_new, query_start;
+  OptionalArray sink_logits;
+  MutableArray out;
+  OptionalArray lse;
+  MutableArray workspace;
+};
+
+void attend_rows(const CacheArrays& arrays, const AttendArrays& call, const std::string& format,
+                 std::int32_t window, std::int32_t sinks, AttendOptions options) {
+  const CacheArguments cache = cache_arguments(arrays, format, window, sinks);
+  const std::int32_t head_dim = cache.layout.head_dim;
+  const ConstRows q = const_rows("q", call.q, head_dim);
+  const ConstRows k_new = const_rows("k_new", call.k_new, head_dim);
+  const ConstRows v_new = const_rows("v_new", call.v_new, head_dim);
+  const MutableRows out = mutable_rows("out", call.out, head_dim);
+  const Batch batch{cache.batch, i32("query_start", call.query_start, {cache.batch + 1})};
+  if (call.sink_logits) options.sink_logits = f32("sink_logits", *call.sink_logits, {q.heads});
+  float* lse = nullptr;
+  if (call.lse) lse = const_cast<float*>(f32("lse", *call.lse, {q.tokens, q.heads}));
+  Status status;
+  {
+    nb::gil_scoped_release release;
+    status = attend(cache.layout, cache.view, batch, q, k_new, v_new, options, out, lse,
+                    call.workspace.data(), call.workspace.nbytes());
+  }
+  check(status);
+}
+
+// k_out, v_out f32 [batch, kv_heads, max_len, head_dim]: what the next query reads of every cached
+// token, in the original basis. Rows beyond a sequence's length are left alone.
+void dequantize_rows(const CacheArrays& arrays, const MutableArray& k_out,
+                     const MutableArray& v_out, const std::string& format, std::int32_t window,
+                     std::int32_t sinks) {
+  const CacheArguments cache = cache_arguments(arrays, format, window, sinks);
+  const Layout& layout = cache.layout;
+  if (k_out.ndim() != 4) throw nb::value_error("k_out must be [batch, kv_heads, tokens, head_dim]");
+  const auto max_len = static_cast<std::int64_t>(k_out.shape(2));
+  float* k = f32("k_out", k_out, {cache.batch, layout.kv_heads, max_len, layout.head_dim});
+  float* v = f32("v_out", v_out, {cache.batch, layout.kv_heads, max_len, layout.head_dim});
+  const std::vector<std::int32_t> no_new_tokens(static_cast<std::size_t>(cache.batch) + 1, 0);
+  check(check_batch(layout, cache.view, {cache.batch, no_new_tokens.data()}, 0));
+  for (int b = 0; b < cache.batch; ++b) {
+    const std::int64_t length = cache.view.seq_len[b];
+    if (length > max_len) throw nb::value_error("k_out has fewer tokens than a sequence");
+    check(check_pages(layout, cache.view, b, length / kTileTokens));
+  }
+  nb::gil_scoped_release release;
+  for (int b = 0; b < cache.batch; ++b) {
+    for (int head = 0; head < layout.kv_heads; ++head) {
+      const std::int64_t length = cache.view.seq_len[b];
+      for (std::int64_t t = 0; t < length; ++t) {
+        const std::int64_t row =
+            ((static_cast<std::int64_t>(b) * layout.kv_heads + head) * max_len + t) *
+            layout.head_dim;
+        reference::dequantize(layout, cache.view, b, t, length, head, k + row, v + row);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  nb::class_<CacheArrays>(m, "CacheArrays", "The arrays of one layer (include/oscar/cache.hpp).")
+      .def(
+          "__init__",
+          [](CacheArrays* self, Array pages, Array exact, Array block_table, Array slot,
+             Array seq_len, OptionalArray exact_from, OptionalArray balance) {
+            new (self) CacheArrays{std::move(pages),  std::move(exact),   std::move(block_table),
+                                   std::move(slot),   std::move(seq_len), std::move(exact_from),
+                                   std::move(balance)};
+          },
+          "pages"_a, "exact"_a, "block_table"_a, "slot"_a, "seq_len"_a, "exact_from"_a.none(),
+          "balance"_a.none())
+      .def(
+          "attend_workspace_bytes",
+          [](const CacheArrays& self, std::int64_t query_tokens, std::int32_t q_heads) {
+            Layout layout;
+            layout.kv_heads =
+                self.exact.ndim() == 5 ? static_cast<std::int32_t>(self.exact.shape(2)) : 0;
+            layout.head_dim =
+                self.exact.ndim() == 5 ? static_cast<std::int32_t>(self.exact.shape(4)) : 0;
+            const auto batch =
+                self.slot.ndim() == 1 ? static_cast<std::int32_t>(self.slot.shape(0)) : 0;
+            return attend_workspace_bytes(layout, batch, query_tokens, q_heads);
+          },
+          "query_tokens"_a, "q_heads"_a);
+
+  m.def("append", &append_rows, "cache"_a, "k"_a, "v"_a, "query_start"_a, "format"_a, "window"_a,
+        "sinks"_a, "part"_a);
+  m.def(
+      "attend",
+      [](const CacheArrays& cache, Array q, Array k_new, Array v_new, Array query_start,
+         MutableArray out, OptionalArray lse, MutableArray workspace, const std::string& format,
+         std::int32_t window, std::int32_t sinks, float scale, float softcap,
+         std::int32_t sliding_window, OptionalArray sink_logits, bool strict) {
+        attend_rows(cache,
+                    {std::move(q), std::move(k_new), std::move(v_new), std::move(query_start),
+                     std::move(sink_logits), std::move(out), std::move(lse), std::move(workspace)},
+                    format, window, sinks, {scale, softcap, sliding_window, nullptr, strict});
+      },
+      "cache"_a, "q"_a, "k_new"_a, "v_new"_a, "query_start"_a, "out"_a, "lse"_a.none(),
+      "workspace"_a, "format"_a, "window"_a, "sinks"_a, "scale"_a, "softcap"_a, "sliding_window"_a,
+      "sink_logits"_a.none(), "strict"_a);
+  m.def("dequantize", &dequantize_rows, "cache"_a, "k_out"_a, "v_out"_a, "format"_a, "window"_a,
+        "sinks"_a);
+
+  m.def(
+      "tile_bytes",
+      [](std::int32_t head_dim, const std::string& format) {
+        Layout layout;
+        layout.kv_heads = 1;
+        layout.head_dim = head_dim;
+        layout.format = parse_format(format);
+        check(check_layout(layout));
+        return layout.tile().tile_bytes();
+      },
+      "head_dim"_a, "format"_a, "Bytes of one tile: 32 tokens of one KV head, K and V.");
+  m.def(
+      "ring_tokens",
+      [](std::int32_t window) {
+        Layout layout;
+        layout.window = window;
+        return layout.ring_tokens();
+      },
+      "window"_a, "Slots of the ring of exact tokens for a window.");
+  m.def("formats", [] {
+    std::vector<std::string> names;
+    for (const Format format : kFormats) names.emplace_back(name_of(format));
+    return names;
+  });
+
+  m.def("available_backends", [] {
+    std::vector<std::string> names;
+    for (const std::string_view name : available_backends()) names.emplace_back(name);
+    return names;
+  });
+  m.def("active_backend", [] {
+    std::string_view name;
+    check(active_backend(name));
+    return std::string(name);
+  });
+  m.def("set_backend", [](const std::string& name) { check(set_backend(name)); }, "name"_a);
+  m.def("read_bytes", &read_bytes, "array"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("version", &version);
+}
+
+}  // namespace oscar::python

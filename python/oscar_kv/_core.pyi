@@ -1,0 +1,56 @@
+# SPDX-FileCopyrightText: 2026 The oscar-kv authors
+# SPDX-License-Identifier: Apache-2.0
+from torch import Tensor
+
+class CacheArrays:
+    def __init__(
+        self,
+        pages: Tensor,
+        exact: Tensor,
+        block_table: Tensor,
+        slot: Tensor,
+        seq_len: Tensor,
+        exact_from: Tensor | None,
+        balance: Tensor | None,
+    ) -> None: ...
+    def attend_workspace_bytes(self, query_tokens: int, q_heads: int) -> int: ...
+
+def append(
+    cache: CacheArrays,
+    k: Tensor,
+    v: Tensor,
+    query_start: Tensor,
+    format: str,
+    window: int,
+    sinks: int,
+    part: str,
+) -> None: ...
+def attend(
+    cache: CacheArrays,
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    query_start: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    workspace: Tensor,
+    format: str,
+    window: int,
+    sinks: int,
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+    sink_logits: Tensor | None,
+    strict: bool,
+) -> None: ...
+def dequantize(
+    cache: CacheArrays, k_out: Tensor, v_out: Tensor, format: str, window: int, sinks: int
+) -> None: ...
+def tile_bytes(head_dim: int, format: str) -> int: ...
+def ring_tokens(window: int) -> int: ...
+def formats() -> list[str]: ...
+def available_backends() -> list[str]: ...
+def active_backend() -> str: ...
+def set_backend(name: str) -> None: ...
+def read_bytes(array: Tensor) -> int: ...
+def version() -> str: ...

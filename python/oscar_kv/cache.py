@@ -1,0 +1,338 @@
+# SPDX-FileCopyrightText: 2026 The oscar-kv authors
+# SPDX-License-Identifier: Apache-2.0
+"""PagedCache: the packed K and V of one layer for a ragged batch of sequences."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _core, ops
+from .pool import PagePool
+
+TILE_TOKENS = 32
+_TABLE_STEP = 16  # columns by which the block table grows
+_ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class PagedCache:
+    """Pages, block table, ring and sinks of one layer; a step is ``attend``, then ``append``.
+
+    ``batch`` sequences of ``kv_heads`` KV heads and ``head_dim`` channels; ``dtype`` is that of the
+    exact copies (the model's). ``balance`` float32 ``[kv_heads, head_dim]``: K is divided, Q
+    multiplied by it. Raises ValueError, TypeError or NotImplementedError for what it cannot hold.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        *,
+        format: str = "k2v2",
+        window: int = 32,
+        sinks: int = 4,
+        page_tokens: int = 128,
+        balance: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch < 1 or kv_heads < 1:
+            raise ValueError(f"batch is {batch} and kv_heads {kv_heads}, both must be at least 1")
+        if dtype not in _ROW_DTYPES:
+            raise TypeError(f"dtype is {dtype}, must be float32, float16 or bfloat16")
+        if torch.device(device).type != "cpu":
+            raise ValueError(f"device is {device}, this version runs on the CPU only")
+        if page_tokens < TILE_TOKENS or page_tokens % TILE_TOKENS:
+            raise ValueError(
+                f"page_tokens is {page_tokens}, must be a positive multiple of {TILE_TOKENS}"
+            )
+        if window < 0:
+            raise ValueError(f"window is {window}, must be 0 or more")
+        if not 0 <= sinks <= TILE_TOKENS:
+            raise ValueError(f"sinks is {sinks}, must be 0 to {TILE_TOKENS}")
+        tile_bytes = _core.tile_bytes(head_dim, format)
+        self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype
+        self.format, self.window, self.sinks = format, window, sinks
+        self.page_tokens = page_tokens
+        self.ring_tokens = _core.ring_tokens(window)
+        self._pool_shape = (kv_heads, page_tokens // TILE_TOKENS, tile_bytes)
+        self._balance: Tensor | None = None
+        self._clear(batch)
+        self.balance = balance
+
+    def _clear(self, batch: int) -> None:
+        rows = self.ring_tokens + self.sinks
+        self.batch = batch
+        self.pool = PagePool(*self._pool_shape)
+        self.exact = torch.zeros(
+            (batch, 2, self.kv_heads, rows, self.head_dim), dtype=self.dtype, device="cpu"
+        )
+        self.slot = torch.arange(batch, dtype=torch.int32)
+        self.lengths = [0] * batch
+        self.exact_start = [0] * batch
+        self._pages: list[list[int]] = [[] for _ in range(batch)]
+        self.block_table = torch.zeros((batch, _TABLE_STEP), dtype=torch.int32)
+        self._starts: dict[int, Tensor] = {}
+        self.seq_len = torch.zeros(batch, dtype=torch.int32)
+        self.exact_from = torch.zeros(batch, dtype=torch.int32)
+        self._handed_over: _core.CacheArrays | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles hold their own tensors: the handed-over addresses are not theirs.
+        return {**self.__dict__, "_handed_over": None}
+
+    @property
+    def balance(self) -> Tensor | None:
+        return self._balance
+
+    @balance.setter
+    def balance(self, value: Tensor | None) -> None:
+        if self.packed_tokens > 0:
+            raise ValueError(
+                f"balance cannot change once tokens are packed with it ({self.packed_tokens} are)"
+            )
+        if value is not None:
+            wanted = (self.kv_heads, self.head_dim)
+            if tuple(value.shape) != wanted:
+                raise ValueError(f"balance has shape {list(value.shape)}, must be {list(wanted)}")
+            value = value.detach().to(device="cpu", dtype=torch.float32).contiguous()
+            if not bool(((value >= 1 / 64) & (value <= 64)).all()):
+                raise ValueError("balance has values outside 1/64 to 64")
+        self._balance = value
+        self._handed_over = None
+
+    @property
+    def packed_tokens(self) -> int:
+        """Largest number of packed tokens of a sequence (all complete tiles)."""
+        return max(self.lengths) // TILE_TOKENS * TILE_TOKENS
+
+    def append(self, k: Tensor, v: Tensor, query_start: Sequence[int] | None = None) -> None:
+        """Adds k, v ``[tokens, kv_heads, head_dim]``; query_start None: equal counts."""
+        start, counts = self._split(k, query_start)
+        self._check_rows(k=k, v=v)
+        self._make_room(counts)
+        ops.append_to(
+            self._arrays(),
+            k,
+            v,
+            start,
+            self.format,
+            self.window,
+            self.sinks,
+            "both",
+        )
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self._publish_lengths()
+
+    def attend(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        v_new: Tensor,
+        query_start: Sequence[int] | None = None,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        sliding_window: int = 0,
+        sink_logits: Tensor | None = None,
+        strict: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of q ``[tokens, q_heads, head_dim]`` over the cache and k_new, v_new.
+
+        Query i of a sequence of L cached tokens is at position L + i. Returns the output (shape and
+        dtype of q) and the natural log-sum-exp ``[tokens, q_heads]``. Changes nothing: call
+        ``append`` with k_new, v_new afterwards.
+        """
+        start, _ = self._split(q, query_start)
+        return ops.attend_over(
+            self._arrays(),
+            q,
+            k_new,
+            v_new,
+            start,
+            self.format,
+            self.window,
+            self.sinks,
+            scale,
+            softcap,
+            sliding_window,
+            sink_logits,
+            strict,
+        )
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the newest `tokens` of every sequence; ValueError beyond what the ring restores.
+
+        `window` tokens can always be removed. Tokens whose ring copy is gone are read packed.
+        """
+        if tokens == 0:
+            return
+        held = [self._oldest_exact(row) for row in range(self.batch)]
+        for row, length in enumerate(self.lengths):
+            # The tile that becomes open has to be whole in the ring, to be packed again.
+            limit = length - -(-held[row] // TILE_TOKENS) * TILE_TOKENS
+            if not 0 <= tokens <= limit:
+                raise ValueError(
+                    f"crop: tokens is {tokens}, must be 0 to {limit} for sequence {row} of "
+                    f"{length} tokens (window {self.window}): older tokens are only packed"
+                )
+        self.exact_start = held
+        self.lengths = [length - tokens for length in self.lengths]
+        for row, pages in enumerate(self._pages):
+            keep = self._pages_for(self.lengths[row])
+            for page in pages[keep:]:
+                self.pool.release(page)
+            del pages[keep:]
+        self._trim()
+        self._publish_lengths()
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Sequence i becomes old sequence ``indices[i]``; shared pages are copied when written."""
+        indices = [int(index) for index in indices]
+        for index in indices:
+            if not 0 <= index < self.batch:
+                raise IndexError(f"select: index is {index}, must be 0 to {self.batch - 1}")
+        if not indices:
+            raise ValueError("select: indices is empty, at least one sequence must stay")
+        if indices == list(range(self.batch)):
+            return
+        selected = [list(self._pages[index]) for index in indices]
+        for pages in selected:
+            for page in pages:
+                self.pool.retain(page)
+        for pages in self._pages:
+            for page in pages:
+                self.pool.release(page)
+        self._pages = selected
+        self.exact = self.exact[torch.tensor(indices)]
+        self.batch = len(indices)
+        self.slot = torch.arange(self.batch, dtype=torch.int32)
+        self.lengths = [self.lengths[index] for index in indices]
+        self.exact_start = [self.exact_start[index] for index in indices]
+        self._starts = {}
+        self._trim()
+        self.seq_len = torch.tensor(self.lengths, dtype=torch.int32)
+        self.exact_from = torch.tensor(self.exact_start, dtype=torch.int32)
+        self._publish_pages()
+
+    def reset(self) -> None:
+        """Forgets all tokens and frees all pages; the balance stays."""
+        self._clear(self.batch)
+
+    def memory(self) -> dict[str, int]:
+        """Resident bytes: the storages that this object holds, unused pages included."""
+        tables = [self.block_table, self.slot, self.seq_len, self.exact_from]
+        if self._balance is not None:
+            tables.append(self._balance)
+        return {
+            "packed": self.pool.nbytes,
+            "exact": self.exact.untyped_storage().nbytes(),
+            "tables": sum(table.untyped_storage().nbytes() for table in tables),
+        }
+
+    def exact_keys(self, row: int) -> Tensor:
+        """Keys of sequence `row` in the ring, oldest first, ``[tokens, kv_heads, head_dim]``."""
+        positions = torch.arange(self._oldest_exact(row), self.lengths[row])
+        return self.exact[row, 0, :, positions % self.ring_tokens].transpose(0, 1)
+
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        """K and V ``[batch, kv_heads, max(lengths), head_dim]`` as the next query reads them.
+
+        Rows beyond a sequence's length are 0. Slow: for fallbacks and tests.
+        """
+        shape = (self.batch, self.kv_heads, max(self.lengths), self.head_dim)
+        k, v = torch.zeros(shape), torch.zeros(shape)
+        _core.dequantize(self._arrays(), k, v, self.format, self.window, self.sinks)
+        return k.to(self.dtype), v.to(self.dtype)
+
+    def _arrays(self) -> _core.CacheArrays:
+        if self._handed_over is None:
+            self._handed_over = _core.CacheArrays(
+                self.pool.storage,
+                self.exact,
+                self.block_table,
+                self.slot,
+                self.seq_len,
+                self.exact_from,
+                self._balance,
+            )
+        return self._handed_over
+
+    def _split(self, rows: Tensor, query_start: Sequence[int] | None) -> tuple[Tensor, list[int]]:
+        tokens = rows.shape[0]
+        if query_start is not None:
+            if len(query_start) != self.batch + 1:
+                raise ValueError(
+                    f"query_start has {len(query_start)} entries, must have {self.batch + 1} "
+                    f"(this cache holds {self.batch} sequences)"
+                )
+            counts = [b - a for a, b in itertools.pairwise(query_start)]
+            return torch.tensor(query_start, dtype=torch.int32), counts
+        if tokens % self.batch:
+            raise ValueError(
+                f"{tokens} tokens are not a multiple of {self.batch} sequences: give query_start"
+            )
+        count = tokens // self.batch
+        if count not in self._starts:
+            self._starts = {count: torch.arange(self.batch + 1, dtype=torch.int32) * count}
+        return self._starts[count], [count] * self.batch
+
+    def _check_rows(self, **rows: Tensor) -> None:
+        # Checked before pages are taken, so that a refused call leaves the pool as it was.
+        for name, tensor in rows.items():
+            if tensor.dtype not in _ROW_DTYPES:
+                raise TypeError(
+                    f"{name} has dtype {tensor.dtype}, must be float32, float16 or bfloat16"
+                )
+            if tensor.dim() != 3 or tuple(tensor.shape[1:]) != (self.kv_heads, self.head_dim):
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)}, must be "
+                    f"[tokens, {self.kv_heads}, {self.head_dim}]"
+                )
+
+    def _pages_for(self, length: int) -> int:
+        return -(-(length // TILE_TOKENS * TILE_TOKENS) // self.page_tokens)
+
+    def _make_room(self, counts: list[int]) -> None:
+        changed = False
+        for row, count in enumerate(counts):
+            first, last = self.lengths[row], self.lengths[row] + count
+            if first // TILE_TOKENS == last // TILE_TOKENS:
+                continue
+            pages, needed = self._pages[row], self._pages_for(last)
+            self.pool.reserve(needed - len(pages))
+            for index in range(first // TILE_TOKENS * TILE_TOKENS // self.page_tokens, needed):
+                if index >= len(pages):
+                    pages.append(self.pool.allocate())
+                else:
+                    pages[index] = self.pool.writable(pages[index])
+            changed = True
+        if changed:
+            self._publish_pages()
+
+    def _oldest_exact(self, row: int) -> int:
+        return max(self.exact_start[row], self.lengths[row] - self.ring_tokens, 0)
+
+    def _trim(self) -> None:
+        moved = self.pool.trim()
+        if moved is None:
+            return
+        self._pages = [[moved[page] for page in pages] for pages in self._pages]
+        self._publish_pages()
+
+    def _publish_lengths(self) -> None:
+        # In place: the arrays stay handed over from step to step.
+        self.seq_len.copy_(torch.tensor(self.lengths, dtype=torch.int32))
+        self.exact_from.copy_(torch.tensor(self.exact_start, dtype=torch.int32))
+
+    def _publish_pages(self) -> None:
+        self._handed_over = None
+        widest = max(len(pages) for pages in self._pages)
+        columns = max(_TABLE_STEP, -(-widest // _TABLE_STEP) * _TABLE_STEP)
+        padded = [pages + [0] * (columns - len(pages)) for pages in self._pages]
+        self.block_table = torch.tensor(padded, dtype=torch.int32)

@@ -1,0 +1,93 @@
+# SPDX-FileCopyrightText: 2026 The oscar-kv authors
+# SPDX-License-Identifier: Apache-2.0
+"""`oscar bench attention`: decode attention against torch and against reading the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..bench.attention import Case, Row, run
+from .common import InputError, PackedFormat, guarded, progress_bar
+
+bench = typer.Typer(no_args_is_help=True, help="Measure kernels on this machine.")
+
+
+@bench.callback()
+def group() -> None:
+    """Measure kernels on this machine."""
+
+
+def attention(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="q_heads/kv_heads/head_dim; may be repeated.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Sequences; repeatable.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=32, help="Cached tokens a sequence; repeatable.")
+    ] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="Threads; repeatable.")] = None,
+    format: Annotated[list[PackedFormat] | None, typer.Option(help="Formats; repeatable.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Our instruction sets; without it the vector ones.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls of each kernel.")] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of rows.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG: time over tokens.")] = None,
+) -> None:
+    """Time one decode step of attention: torch SDPA, ours, and reading the same bytes.
+
+    All kernels of a case run interleaved in one process with cold caches; figures are medians.
+    `speedup` is against torch's bf16 SDPA with the query heads folded into the query length, the
+    fastest 16-bit call; `of bound` is the time to read the kernel's bytes over its time.
+    """
+    cases = [
+        Case(*Case.parse_shape(one_shape), one_batch, one_tokens, one_threads)
+        for one_shape in shape or ["32/8/128"]
+        for one_batch in batch or [1]
+        for one_tokens in tokens or [8192]
+        for one_threads in threads or sorted({1, os.cpu_count() or 1})
+    ]
+    if any(case.tokens % 32 for case in cases):
+        raise InputError("--tokens must be a multiple of 32")
+    formats = [one.value for one in format or [PackedFormat.K2V2]]
+    rows: list[Row] = []
+    console = Console()
+    for case in cases:
+        name = f"{case.shape}, batch {case.batch}, {case.tokens} tokens, {case.threads} thread(s)"
+        with progress_bar(name, repeats + 1) as advance:
+            found = run(case, formats, backend, repeats, advance)
+        rows += found
+        if not as_json:
+            console.print(_table(name, found))
+    if plot is not None:
+        from ..bench.plot import save_plot
+
+        save_plot(rows, plot)
+    if as_json:
+        print(json.dumps([row.as_dict() for row in rows]))
+
+
+def _table(title: str, rows: list[Row]) -> Table:
+    table = Table(title=title)
+    table.add_column("kernel")
+    for column in ("us", "cache MB", "speedup", "of bound"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.kernel,
+            f"{row.us:.1f}",
+            f"{row.cache_bytes / 1e6:.2f}",
+            f"{row.speedup:.2f}",
+            f"{row.bound_fraction:.2f}",
+        )
+    return table
+
+
+bench.command()(guarded(attention))

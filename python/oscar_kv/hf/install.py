@@ -1,0 +1,220 @@
+# SPDX-FileCopyrightText: 2026 The oscar-kv authors
+# SPDX-License-Identifier: Apache-2.0
+"""enable / disable: a model whose ``generate`` uses the packed cache, with nothing else changed."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+from ..balance import kv_shapes, text_config
+from .attention import NAME, register
+from .cache import BalanceLike, OscarCache, resolve_balance
+
+_STATE = "_oscar_kv"
+_MAX_GROUP = 16  # query heads of a KV head
+
+
+@dataclass
+class _Enabled:
+    """What `enable` remembers on a model."""
+
+    settings: dict[str, Any]
+    measure: bool
+    balances: dict[int, Tensor]  # given, or measured at the first prompt
+    previous: list[tuple[Any, Any]] = field(default_factory=list)  # (config, implementation)
+    generate: Any = None  # the instance's own generate, if it had one
+
+    def new_cache(self, model: PreTrainedModel) -> OscarCache:
+        cache = OscarCache(model.config, balance=None, **self.settings)
+        cache.shared.measure = self.measure
+        cache.shared.balances = self.balances
+        return cache
+
+
+def enable(
+    model: PreTrainedModel,
+    format: str = "k2v2",
+    window: int = 32,
+    sinks: int = 4,
+    balance: BalanceLike = "auto",
+) -> PreTrainedModel:
+    """Lets ``model.generate`` keep K and V packed and attend on the codes; returns the model.
+
+    The arguments are those of `OscarCache`. With balance="auto" the factors are measured at the
+    first prompt of at least 32 tokens and kept for later calls. A `past_key_values` that a caller
+    passes is used as it is. Called again: replaces the settings (and forgets a measured balance).
+
+    Raises TypeError for what is not a transformers model, and ValueError (naming the model class or
+    the value and its limit) for encoder-decoders, models without full attention, latent attention
+    (MLA), model files without the attention interface, and unsupported head sizes or dtypes.
+    """
+    _check_model(model)
+    factors = resolve_balance(balance, model.config)
+    OscarCache(model.config, format=format, window=window, sinks=sinks, balance=None)  # checks
+    state = _Enabled(
+        settings={"format": format, "window": window, "sinks": sinks},
+        measure=factors is None,
+        balances={} if factors is None else factors,
+    )
+    old: _Enabled | None = getattr(model, _STATE, None)
+    if old is None:
+        state.previous = _install(model)
+        state.generate = model.__dict__.get("generate")
+        model.generate = types.MethodType(_generate, model)
+    else:
+        state.previous, state.generate = old.previous, old.generate
+    setattr(model, _STATE, state)
+    return model
+
+
+def disable(model: PreTrainedModel) -> PreTrainedModel:
+    """Undoes `enable`: attention implementation and ``generate``. Does nothing if not enabled."""
+    state: _Enabled | None = getattr(model, _STATE, None)
+    if state is None:
+        return model
+    _restore(state.previous)
+    if state.generate is not None:
+        model.generate = state.generate
+    else:
+        del model.generate  # the class has its own
+    delattr(model, _STATE)
+    return model
+
+
+@contextlib.contextmanager
+def attention_installed(model: PreTrainedModel) -> Iterator[None]:
+    """The model with the "oscar" attention function, its previous one afterwards."""
+    _check_model(model)
+    previous = _install(model)
+    try:
+        yield
+    finally:
+        _restore(previous)
+
+
+def _install(model: PreTrainedModel) -> list[tuple[Any, Any]]:
+    """Switches the decoder's attention to ours; returns what every config had before."""
+    register()
+    configs = _configs(model)
+    previous = [(config, config._attn_implementation_internal) for config in configs]
+    try:
+        model.set_attn_implementation(NAME)
+    except BaseException:
+        _restore(previous)
+        raise
+    # set_attn_implementation also switches vision and audio towers; they keep what they had.
+    # By type: a decoder may hold a copy of its part of the configuration.
+    ours = (type(model.config), type(text_config(model.config)))
+    _restore([(config, value) for config, value in previous if type(config) not in ours])
+    return previous
+
+
+def _restore(previous: list[tuple[Any, Any]]) -> None:
+    for config, value in previous:
+        config._attn_implementation_internal = value
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every distinct configuration in the model, sub-configurations included."""
+    found: dict[int, Any] = {}
+    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop()
+        if config is None or id(config) in found:
+            continue
+        found[id(config)] = config
+        waiting.extend(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+    return list(found.values())
+
+
+def _check_model(model: Any) -> None:
+    """Refuses models whose attention cannot be replaced, naming the class and the reason."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model, only decoders are supported")
+    if not isinstance(model, GenerationMixin) or not model.can_generate():
+        raise ValueError(f"{name} cannot generate: use its ...ForCausalLM class")
+    text = text_config(model.config)
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(
+            f"{name} caches latents (MLA, kv_lora_rank={text.kv_lora_rank}), which cannot be packed"
+        )
+    if not hasattr(text, "num_attention_heads") or not model._supports_default_dynamic_cache():
+        raise ValueError(f"{name} has no attention layers whose K and V could be packed")
+    for module in model.modules():
+        decoder = isinstance(module, PreTrainedModel) and module.config is text
+        if decoder and not module._can_set_attn_implementation():
+            raise ValueError(
+                f"{type(module).__name__} does not use transformers' attention interface, its "
+                "attention cannot be replaced"
+            )
+    _check_heads(name, text)
+    dtype, device = model.dtype, model.device
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{name} has dtype {dtype}, must be float32, float16 or bfloat16")
+    if device.type == "meta":
+        raise ValueError(f"{name} is on the meta device: load its weights first")
+
+
+def _check_heads(name: str, text: Any) -> None:
+    from .. import _core
+
+    for q_heads, kv_heads, head_dim in set(kv_shapes(text)):
+        if q_heads % kv_heads or q_heads // kv_heads > _MAX_GROUP:
+            raise ValueError(
+                f"{name}: {q_heads} query heads over {kv_heads} KV heads, the ratio must be an "
+                f"integer from 1 to {_MAX_GROUP}"
+            )
+        try:
+            _core.tile_bytes(head_dim, "k2v2")
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` with a fresh packed cache where the caller passed none."""
+    state: _Enabled = getattr(self, _STATE)
+    inner = state.generate or types.MethodType(type(self).generate, self)
+    if kwargs.get("cache_implementation") is not None:
+        raise ValueError(
+            f"cache_implementation={kwargs['cache_implementation']!r} on a model with oscar_kv "
+            "enabled: call oscar_kv.disable(model) first"
+        )
+    config = kwargs.get("generation_config")
+    if config is None and len(args) > 1 and isinstance(args[1], GenerationConfig):
+        config = args[1]
+    asked = [kwargs.get("use_cache"), getattr(config, "use_cache", None)]
+    asked.append(self.generation_config.use_cache)
+    if next((value for value in asked if value is not None), True) is False:
+        return inner(*args, **kwargs)
+    if kwargs.get("past_key_values") is None:
+        kwargs["past_key_values"] = state.new_cache(self)
+    with _no_cache_implementation(self.generation_config, config):
+        return inner(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _no_cache_implementation(*configs: GenerationConfig | None) -> Iterator[None]:
+    """A checkpoint may ask for a cache class of its own: not during this call."""
+    saved = [
+        (config, config.cache_implementation)
+        for config in configs
+        if config is not None and config.cache_implementation is not None
+    ]
+    for config, _ in saved:
+        config.cache_implementation = None
+    try:
+        yield
+    finally:
+        for config, value in reversed(saved):
+            config.cache_implementation = value
