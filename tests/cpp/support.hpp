@@ -138,7 +138,9 @@ class BackendTest : public ::testing::TestWithParam<std::string_view> {
  protected:
   void SetUp() override { ASSERT_TRUE(set_backend(GetParam()).ok()); }
   void TearDown() override { ASSERT_TRUE(set_backend("auto").ok()); }
-  [[nodiscard]] static bool is_int8() { return GetParam() == "avx512vnni"; }
+  [[nodiscard]] static bool is_int8() {
+    return GetParam() == "avx512vnni" || GetParam() == "neon";
+  }
 };
 std::string backend_suffix(const ::testing::TestParamInfo<std::string_view>& info);
 

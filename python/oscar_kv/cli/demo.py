@@ -29,7 +29,7 @@ from .common import (
     progress_bar,
     set_threads,
 )
-from .measure import Agreement, cache_bytes, resident_bytes
+from .measure import Agreement, Float32Logits, cache_bytes, resident_bytes
 from .models import LoadedModel, load_model
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def demo(
     ] = 7000,
     tokens: Annotated[
         int, typer.Option(min=2, help="Tokens that follow, over which the two are compared.")
-    ] = 512,
+    ] = 320,
     new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that each cache then generates by itself, greedily.")
     ] = 64,
@@ -70,7 +70,8 @@ def demo(
     ids = _text_ids(loaded, context_tokens + tokens + 1)
     with torch.inference_mode():
         _warm_up(loaded, ids)
-        exact, packed = _make_sides(loaded, format.value, window, sinks)
+        head = Float32Logits(loaded.model)
+        exact, packed = _make_sides(loaded, head, format.value, window, sinks)
         for side in (exact, packed):
             side.prefill(ids[:, :context_tokens])
         agreement = _teacher_force((exact, packed), ids[:, context_tokens:])
@@ -107,6 +108,7 @@ class _Side:
 
     title: str
     model: Any
+    head: Float32Logits
     cache: Cache
     packed: bool
     prefill_seconds: float = 0.0
@@ -127,7 +129,7 @@ class _Side:
         title = f"{self.title}: reading {ids.shape[1]} tokens"
         with self._attention(), prefill_bar(title, self.model):
             output = self.model(ids, past_key_values=self.cache, logits_to_keep=1)
-        self.logits = output.logits[0, -1]
+        self.logits = self.head.of(output.logits)
         self.prefill_seconds = time.perf_counter() - start
         del output
         after = resident_bytes()
@@ -140,7 +142,7 @@ class _Side:
             start = time.perf_counter()
             output = self.model(ids, past_key_values=self.cache)
             seconds = time.perf_counter() - start
-        self.logits = output.logits[0, -1]
+        self.logits = self.head.of(output.logits)
         return seconds
 
     def generate(self, loaded: LoadedModel, count: int) -> None:
@@ -161,7 +163,9 @@ class _Side:
         return 1 / statistics.median(self.seconds)
 
 
-def _make_sides(loaded: LoadedModel, format: str, window: int, sinks: int) -> tuple[_Side, _Side]:
+def _make_sides(
+    loaded: LoadedModel, head: Float32Logits, format: str, window: int, sinks: int
+) -> tuple[_Side, _Side]:
     from transformers import DynamicCache
 
     from ..hf import OscarCache
@@ -170,8 +174,8 @@ def _make_sides(loaded: LoadedModel, format: str, window: int, sinks: int) -> tu
     dense = DynamicCache(config=config)
     packed = OscarCache(config, format=format, window=window, sinks=sinks)
     return (
-        _Side("16 bit", loaded.model, dense, packed=False),
-        _Side(f"packed {format}", loaded.model, packed, packed=True),
+        _Side("16 bit", loaded.model, head, dense, packed=False),
+        _Side(f"packed {format}", loaded.model, head, packed, packed=True),
     )
 
 

