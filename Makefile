@@ -22,13 +22,15 @@ SOURCES := $(shell find CMakeLists.txt pyproject.toml README.md include src pyth
 CPP_FILES := $(shell find include src python tests bench examples -name '*.[ch]pp')
 PY_FOLDERS := python tests bench examples
 
+BENCH_TOKENS := --tokens 4096 --tokens 32768 --tokens 131072
+
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: help demo test cpp-test python-test install format clean
+.PHONY: help demo test cpp-test test-arm64 python-test bench-cpu install format clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
 demo: $(STAMPS)/package $(STAMPS)/model ## a real LLM reads 7000 tokens and goes on from the packed cache
 	$(BIN)/oscar demo
@@ -49,9 +51,21 @@ cpp-test: $(STAMPS)/build-tools
 	  $(BIN)/ctest --preset $$preset 2>&1 | tee build/$$preset/ctest.log; \
 	done
 
+test-arm64: $(STAMPS)/build-tools ## C++ tests for arm64 under qemu; installs both compiler and emulator
+	scripts/ensure_arm64.sh
+	$(BIN)/cmake --preset arm64
+	$(BIN)/cmake --build --preset arm64
+	$(BIN)/ctest --preset arm64 --parallel $(JOBS) 2>&1 | tee build/arm64/ctest.log
+
 python-test: $(STAMPS)/test-package $(STAMPS)/model | cpp-test
 	mkdir -p build
 	$(BIN)/python -m pytest tests/python 2>&1 | tee build/pytest.log
+
+bench-cpu: $(STAMPS)/package ## decode attention against torch, all shapes; about half an hour
+	mkdir -p bench/results
+	$(BIN)/oscar bench attention $(BENCH_TOKENS) --save bench/results --plot bench/results/attention-cpu.png \
+	  --shape 32/8/128 --shape 9/3/64 --shape 16/2/256 --shape 64/8/128
+	$(BIN)/oscar bench attention $(BENCH_TOKENS) --save bench/results --shape 32/8/128 --batch 4
 
 install: $(STAMPS)/package ## the package in .venv, without the tools for tests
 

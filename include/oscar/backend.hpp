@@ -12,7 +12,7 @@
 
 namespace oscar {
 
-// Names: reference, scalar, avx2, avx512vnni. All that run on this machine, slowest first.
+// Names: reference, scalar, avx2, avx512vnni, neon. All that run on this machine, slowest first.
 std::vector<std::string_view> available_backends();
 
 // The one in use, or an error if OSCAR_BACKEND names one that is unknown or not available.

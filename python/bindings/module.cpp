@@ -6,6 +6,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+#include <omp.h>
 
 #include "arrays.hpp"
 #include "core/check.hpp"
@@ -187,6 +188,7 @@ NB_MODULE(_core, m) {
     return std::string(name);
   });
   m.def("set_backend", [](const std::string& name) { check(set_backend(name)); }, "name"_a);
+  m.def("max_threads", &omp_get_max_threads);
   m.def("read_bytes", &read_bytes, "array"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("version", &version);
 }

@@ -39,8 +39,8 @@ class PagePool:
         if missing <= 0:
             return
         old = self.capacity
-        # A sixteenth more than needed: amortised copying at 6 % of slack.
-        capacity = old + max(missing, old // 16)
+        # A few pages more than needed: amortised copying at 3 % of slack.
+        capacity = old + max(missing, old // 32)
         storage = torch.empty((capacity, *self._page_shape), dtype=torch.uint8)
         storage[:old].copy_(self.storage)
         self.storage = storage

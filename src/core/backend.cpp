@@ -12,6 +12,7 @@ namespace oscar {
 namespace {
 
 // Slowest first: the automatic choice is the last one that this CPU can run.
+// clang-format off: one a line.
 constexpr const BackendOps* kBackends[] = {
     &kReferenceBackend,
     &kScalarBackend,
@@ -19,7 +20,11 @@ constexpr const BackendOps* kBackends[] = {
     &kAvx2Backend,
     &kAvx512VnniBackend,
 #endif
+#ifdef OSCAR_ARM64
+    &kNeonBackend,
+#endif
 };
+// clang-format on
 
 std::atomic<const BackendOps*> chosen{nullptr};
 

@@ -47,5 +47,6 @@ extern const BackendOps kReferenceBackend;
 extern const BackendOps kScalarBackend;
 extern const BackendOps kAvx2Backend;
 extern const BackendOps kAvx512VnniBackend;
+extern const BackendOps kNeonBackend;
 
 }  // namespace oscar

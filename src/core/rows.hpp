@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/half.hpp"
 #include "oscar/cache.hpp"
 #include "oscar/tensor.hpp"
 
@@ -26,11 +27,11 @@ inline std::uint16_t float_to_bf16(float value) {
 }
 
 inline float fp16_to_float(std::uint16_t bits) {
-  return static_cast<float>(std::bit_cast<_Float16>(bits));
+  return static_cast<float>(std::bit_cast<Half>(bits));
 }
 
 inline std::uint16_t float_to_fp16(float value) {
-  return std::bit_cast<std::uint16_t>(static_cast<_Float16>(value));
+  return std::bit_cast<std::uint16_t>(static_cast<Half>(value));
 }
 
 inline void load_row(const std::byte* source, DType dtype, int count, float* target) {

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // attend: one row block of query rows over its share of packed tiles and exact tokens. The packed
-// kernel is the target's choice (attend_float-inl.hpp or attend_vnni-inl.hpp):
+// kernel is the target's choice (attend_float-inl.hpp or attend_int8-inl.hpp):
 //
 //   struct PackedQuery;                                            scratch of one row block
 //   void prepare_packed(const TileLayout&, RowBlock&, PackedQuery&);   from block.q_rotated
@@ -117,11 +117,16 @@ inline void hide_packed(const RowView& view, std::int64_t sinks, std::int64_t ti
 
 inline void attend_tiles(const AttendCall& call, const AttendItem& item, std::int64_t first,
                          std::int64_t end, RowBlock& block, PackedQuery& query) {
-  PackedTiles tiles{call.layout.tile(), 0, {}};
+  PackedTiles tiles{call.layout.tile(), 0, {}, {}};
+  const auto address = [&](std::int64_t tile) {
+    return tile_at(call.layout, call.cache, item.b, item.kv_head, smaller(tile, end - 1));
+  };
+  for (int i = 0; i < kStepTiles; ++i) tiles.next[i] = address(first + i);
   for (std::int64_t tile = first; tile < end; tile += kStepTiles) {
     tiles.count = static_cast<int>(smaller(kStepTiles, end - tile));
-    for (int i = 0; i < tiles.count; ++i) {
-      tiles.at[i] = tile_at(call.layout, call.cache, item.b, item.kv_head, tile + i);
+    for (int i = 0; i < kStepTiles; ++i) {
+      tiles.at[i] = tiles.next[i];
+      tiles.next[i] = address(tile + kStepTiles + i);
     }
     packed_scores(tiles, block, query);
     for (int r = 0; r < block.rows; ++r) {

@@ -13,7 +13,8 @@
 #include "cpu/softmax-inl.hpp"
 #include "cpu/combine-inl.hpp"
 #include "cpu/attend_exact-inl.hpp"
-#include "cpu/attend_float-inl.hpp"
+#include "cpu/attend_int8-inl.hpp"
+#include "cpu/attend_maddubs-inl.hpp"
 #include "cpu/attend-inl.hpp"
 // clang-format on
 

@@ -20,6 +20,7 @@
 #include "cpu/softmax-inl.hpp"
 #include "cpu/combine-inl.hpp"
 #include "cpu/attend_exact-inl.hpp"
+#include "cpu/attend_int8-inl.hpp"
 #include "cpu/attend_vnni-inl.hpp"
 #include "cpu/attend-inl.hpp"
 // clang-format on

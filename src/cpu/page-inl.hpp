@@ -90,7 +90,11 @@ struct PackedTiles {
   TileLayout layout;
   int count;
   const std::uint8_t* at[kStepTiles];
+  // Tiles of the next step, to be prefetched; the last tile again where there is none.
+  const std::uint8_t* next[kStepTiles];
 };
+
+inline void prefetch(const std::uint8_t* address) { __builtin_prefetch(address); }
 
 }  // namespace
 }  // namespace oscar::cpu

@@ -100,6 +100,50 @@ inline void transpose(Vf (&rows)[kLanes]) {
   }
 }
 
+// For attend_int8-inl.hpp: bytes and 16-bit lanes.
+inline constexpr int kBytes = 4 * kLanes;
+
+inline Vi and_int(Vi a, Vi b) { return _mm256_and_si256(a, b); }
+inline Vi splat_i8(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
+inline Vi splat_i16(int x) { return _mm256_set1_epi16(static_cast<short>(x)); }
+inline Vi add_i16(Vi a, Vi b) { return _mm256_add_epi16(a, b); }
+inline Vi multiply_i16(Vi a, Vi b) { return _mm256_mullo_epi16(a, b); }
+template <int kCount>
+inline Vi shift_right_u16(Vi v) {
+  return _mm256_srli_epi16(v, kCount);
+}
+template <int kCount>
+inline Vi shift_right_i16(Vi v) {
+  return _mm256_srai_epi16(v, kCount);
+}
+// Within every 128 bits: bytes 0..7 and 8..15 to 16 bits, and 16 bits back to bytes.
+inline Vi widen_low(Vi bytes) { return _mm256_unpacklo_epi8(bytes, _mm256_setzero_si256()); }
+inline Vi widen_high(Vi bytes) { return _mm256_unpackhi_epi8(bytes, _mm256_setzero_si256()); }
+inline Vi narrow_i8(Vi low, Vi high) { return _mm256_packs_epi16(low, high); }
+inline Vi narrow_u8(Vi low, Vi high) { return _mm256_packus_epi16(low, high); }
+// sum + pairs of products of 16-bit lanes.
+inline Vi dot_i16(Vi sum, Vi a, Vi b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+inline Vi splat_dword(const void* source) {
+  std::int32_t dword;
+  std::memcpy(&dword, source, sizeof dword);
+  return splat_int(dword);
+}
+inline void store_i16(std::int16_t* target, Vi v) {
+  const __m128i high = _mm256_extracti128_si256(v, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
+                   _mm_packs_epi32(_mm256_castsi256_si128(v), high));
+}
+// The sums of four vectors.
+inline __m128 reduce_add_each(const Vf (&v)[4]) {
+  const Vf four = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+}
+inline void store_u8(std::uint8_t* target, Vi v) {
+  const __m128i high = _mm256_extracti128_si256(v, 1);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(target), _mm_packus_epi16(words, words));
+}
+
 inline float half_to_float(std::uint16_t bits) { return _cvtsh_ss(bits); }
 inline std::uint16_t float_to_half(float x) {
   return static_cast<std::uint16_t>(_cvtss_sh(x, _MM_FROUND_CUR_DIRECTION));

@@ -103,6 +103,49 @@ inline void transpose(Vf (&rows)[kLanes]) {
   }
 }
 
+// For attend_int8-inl.hpp: bytes and 16-bit lanes.
+inline constexpr int kBytes = 4 * kLanes;
+
+inline Vi and_int(Vi a, Vi b) { return _mm512_and_si512(a, b); }
+inline Vi splat_i8(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
+inline Vi splat_i16(int x) { return _mm512_set1_epi16(static_cast<short>(x)); }
+inline Vi add_i16(Vi a, Vi b) { return _mm512_add_epi16(a, b); }
+inline Vi multiply_i16(Vi a, Vi b) { return _mm512_mullo_epi16(a, b); }
+template <int kCount>
+inline Vi shift_right_u16(Vi v) {
+  return _mm512_srli_epi16(v, kCount);
+}
+template <int kCount>
+inline Vi shift_right_i16(Vi v) {
+  return _mm512_srai_epi16(v, kCount);
+}
+// Within every 128 bits: bytes 0..7 and 8..15 to 16 bits, and 16 bits back to bytes.
+inline Vi widen_low(Vi bytes) { return _mm512_unpacklo_epi8(bytes, _mm512_setzero_si512()); }
+inline Vi widen_high(Vi bytes) { return _mm512_unpackhi_epi8(bytes, _mm512_setzero_si512()); }
+inline Vi narrow_i8(Vi low, Vi high) { return _mm512_packs_epi16(low, high); }
+inline Vi narrow_u8(Vi low, Vi high) { return _mm512_packus_epi16(low, high); }
+// sum + pairs of products of 16-bit lanes.
+inline Vi dot_i16(Vi sum, Vi a, Vi b) { return _mm512_dpwssd_epi32(sum, a, b); }
+inline Vi splat_dword(const void* source) {
+  std::int32_t dword;
+  std::memcpy(&dword, source, sizeof dword);
+  return splat_int(dword);
+}
+inline void store_i16(std::int16_t* target, Vi v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtsepi32_epi16(v));
+}
+// The sums of four vectors.
+inline __m128 reduce_add_each(const Vf (&v)[4]) {
+  const Vf ab = _mm512_unpacklo_ps(v[0], v[1]) + _mm512_unpackhi_ps(v[0], v[1]);
+  const Vf cd = _mm512_unpacklo_ps(v[2], v[3]) + _mm512_unpackhi_ps(v[2], v[3]);
+  const Vf four = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+  const __m256 half = _mm512_castps512_ps256(four) + _mm512_extractf32x8_ps(four, 1);
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+inline void store_u8(std::uint8_t* target, Vi v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtusepi32_epi8(v));
+}
+
 inline float half_to_float(std::uint16_t bits) { return _cvtsh_ss(bits); }
 inline std::uint16_t float_to_half(float x) {
   return static_cast<std::uint16_t>(_cvtss_sh(x, _MM_FROUND_CUR_DIRECTION));

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/half.hpp"
 #include "oscar/tensor.hpp"
 
 namespace oscar::cpu {
@@ -93,10 +94,10 @@ inline void transpose(Vf (&rows)[kLanes]) {
 }
 
 inline float half_to_float(std::uint16_t bits) {
-  return static_cast<float>(__builtin_bit_cast(_Float16, bits));
+  return static_cast<float>(__builtin_bit_cast(Half, bits));
 }
 inline std::uint16_t float_to_half(float x) {
-  return __builtin_bit_cast(std::uint16_t, static_cast<_Float16>(x));
+  return __builtin_bit_cast(std::uint16_t, static_cast<Half>(x));
 }
 
 inline Vf load_fp16(const std::byte* source) {

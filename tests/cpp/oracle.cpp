@@ -9,6 +9,8 @@
 #include <functional>
 #include <limits>
 
+#include "core/half.hpp"
+
 namespace oscar::testing {
 namespace {
 
@@ -38,7 +40,7 @@ void unrotate(Vector& x) {
 
 double half_at(const std::uint8_t* bytes) {
   const auto bits = static_cast<std::uint16_t>(bytes[0] + 256 * bytes[1]);
-  return static_cast<double>(std::bit_cast<_Float16>(bits));
+  return static_cast<double>(std::bit_cast<Half>(bits));
 }
 
 int k_code(const std::uint8_t* codes, int bits, int position, int c) {

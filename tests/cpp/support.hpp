@@ -139,7 +139,7 @@ class BackendTest : public ::testing::TestWithParam<std::string_view> {
   void SetUp() override { ASSERT_TRUE(set_backend(GetParam()).ok()); }
   void TearDown() override { ASSERT_TRUE(set_backend("auto").ok()); }
   [[nodiscard]] static bool is_int8() {
-    return GetParam() == "avx512vnni" || GetParam() == "neon";
+    return GetParam() == "avx2" || GetParam() == "avx512vnni" || GetParam() == "neon";
   }
 };
 std::string backend_suffix(const ::testing::TestParamInfo<std::string_view>& info);

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The oscar-kv authors
 # SPDX-License-Identifier: Apache-2.0
-"""`oscar bench attention`: decode attention against torch and against reading the same bytes."""
+"""`oscar bench`: decode attention against torch and reading, packing against copying."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.attention import Case, Row, run
+from ..bench.append import run_append
+from ..bench.attention import Case, Row, default_backends, run
 from .common import InputError, PackedFormat, guarded, progress_bar
 
 bench = typer.Typer(no_args_is_help=True, help="Measure kernels on this machine.")
@@ -40,6 +41,9 @@ def attention(
     repeats: Annotated[int, typer.Option(min=1, help="Calls of each kernel.")] = 30,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of rows.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG: time over tokens.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Folder: append the rows to a JSONL file of this CPU.")
+    ] = None,
 ) -> None:
     """Time one decode step of attention: torch SDPA, ours, and reading the same bytes.
 
@@ -66,6 +70,10 @@ def attention(
         rows += found
         if not as_json:
             console.print(_table(name, found))
+    if save is not None:
+        from ..bench.results import save_results
+
+        save_results(rows, save)
     if plot is not None:
         from ..bench.plot import save_plot
 
@@ -90,4 +98,35 @@ def _table(title: str, rows: list[Row]) -> Table:
     return table
 
 
+def append(
+    shape: Annotated[str, typer.Option(help="q_heads/kv_heads/head_dim.")] = "32/8/128",
+    tokens: Annotated[int, typer.Option(min=32, help="Tokens of the prompt.")] = 8192,
+    threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
+    format: Annotated[list[PackedFormat] | None, typer.Option(help="Formats; repeatable.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Our instruction sets; without it the vector ones.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls of each.")] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of rows.")] = False,
+) -> None:
+    """Time the packing of a 16-bit prompt into an empty cache, against copying it."""
+    _, kv_heads, head_dim = Case.parse_shape(shape)
+    formats = [one.value for one in format or [PackedFormat.K2V2]]
+    backends = backend or default_backends()
+    rows = run_append(kv_heads, head_dim, tokens, threads, formats, backends, repeats)
+    if as_json:
+        print(json.dumps([row.as_dict() for row in rows]))
+        return
+    table = Table(title=f"{tokens} tokens, {kv_heads} KV heads of {head_dim}, {threads} thread(s)")
+    table.add_column("kernel")
+    for column in ("us", "GB/s of 16-bit input", "of copy"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.kernel, f"{row.us:.1f}", f"{row.gigabytes_per_s:.2f}", f"{row.copy_fraction:.3f}"
+        )
+    Console().print(table)
+
+
 bench.command()(guarded(attention))
+bench.command()(guarded(append))

@@ -48,7 +48,7 @@ def demo(
     ] = 7000,
     tokens: Annotated[
         int, typer.Option(min=2, help="Tokens that follow, over which the two are compared.")
-    ] = 320,
+    ] = 512,
     new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that each cache then generates by itself, greedily.")
     ] = 64,
