@@ -34,6 +34,7 @@ def save_plot(rows: list[Row], path: Path) -> None:
             title=f"{panel[0]}, batch {panel[1]}, {panel[2]} thread(s)",
         )
         axis.grid(True, which="both", alpha=0.3)
-    axes[0][-1].legend(fontsize="small")
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
