@@ -80,7 +80,7 @@ class PagedCache:
         self._starts: dict[int, Tensor] = {}
         self.seq_len = torch.zeros(batch, dtype=torch.int32)
         self.exact_from = torch.zeros(batch, dtype=torch.int32)
-        self._handed_over: _core.CacheArrays | None = None
+        self._handed_over: tuple[Tensor, _core.CacheArrays] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold their own tensors: the handed-over addresses are not theirs.
@@ -251,8 +251,8 @@ class PagedCache:
         return k.to(self.dtype), v.to(self.dtype)
 
     def _arrays(self) -> _core.CacheArrays:
-        if self._handed_over is None:
-            self._handed_over = _core.CacheArrays(
+        if self._handed_over is None or self._handed_over[0] is not self.pool.storage:
+            arrays = _core.CacheArrays(
                 self.pool.storage,
                 self.exact,
                 self.block_table,
@@ -261,7 +261,8 @@ class PagedCache:
                 self.exact_from,
                 self._balance,
             )
-        return self._handed_over
+            self._handed_over = (self.pool.storage, arrays)
+        return self._handed_over[1]
 
     def _split(self, rows: Tensor, query_start: Sequence[int] | None) -> tuple[Tensor, list[int]]:
         tokens = rows.shape[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -117,18 +118,16 @@ def _packed_kernels(case: Case, fmt: str, backends: list[str]) -> Iterator[Kerne
         cache.append(new[0], new[1])
     nbytes = case.batch * (case.tokens // 32) * cache.pool.storage[0, :, 0].nbytes
     count = _copies(nbytes)
-    pages = cache.pool.storage
-    copies = [pages] + [pages.clone() for _ in range(count - 1)]
+    copies = [cache] + [deepcopy(cache) for _ in range(count - 1)]
     q = torch.randn((case.batch, case.q_heads, case.head_dim), dtype=torch.bfloat16)
     new = torch.randn((2, case.batch, case.kv_heads, case.head_dim), dtype=torch.bfloat16)
 
     def attend(backend: str, copy: int) -> object:
         set_backend(backend)
-        cache.pool.storage = copies[copy]
-        return cache.attend(q, new[0], new[1], scale=case.head_dim**-0.5)
+        return copies[copy].attend(q, new[0], new[1], scale=case.head_dim**-0.5)
 
     def read(copy: int) -> int:
-        return _core.read_bytes(copies[copy])
+        return _core.read_bytes(copies[copy].pool.storage)
 
     bound = f"read {fmt} bytes"
     for backend in backends:
