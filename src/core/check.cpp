@@ -2,7 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/check.hpp"
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -22,26 +24,23 @@ Status check_range(const std::string& name, std::int64_t value, std::int64_t low
                  " to " + std::to_string(high));
 }
 
-// Exponent of all ones or beyond kMaxInput, as an integer comparison so that the scan vectorises.
-bool any_bad(const std::byte* row, DType dtype, int count) {
-  std::uint32_t bad = 0;
-  if (dtype == DType::kF32) {
-    for (int i = 0; i < count; ++i) {
-      std::uint32_t bits;
-      std::memcpy(&bits, row + 4 * i, sizeof bits);
-      bad |= static_cast<std::uint32_t>((bits & 0x7fffffffu) > 0x477fe000u);  // 65504
-    }
-    return bad != 0;
-  }
-  // The largest accepted magnitude: 65504 in fp16, 65280 (the next below it) in bf16.
-  const std::uint16_t limit = dtype == DType::kF16 ? 0x7bffu : 0x477fu;
-  std::uint16_t bad16 = 0;
+// Some |x| is not at most kMaxInput. Magnitudes compare as signed integers, whose maximum every
+// vector unit has.
+template <typename Int>
+bool any_above(const std::byte* row, int count, Int limit) {
+  Int worst = 0;
   for (int i = 0; i < count; ++i) {
-    std::uint16_t bits;
-    std::memcpy(&bits, row + 2 * i, sizeof bits);
-    bad16 |= static_cast<std::uint16_t>((bits & 0x7fffu) > limit);
+    Int bits;
+    std::memcpy(&bits, row + static_cast<std::ptrdiff_t>(sizeof bits) * i, sizeof bits);
+    worst = std::max(worst, static_cast<Int>(bits & std::numeric_limits<Int>::max()));
   }
-  return bad16 != 0;
+  return worst > limit;
+}
+
+bool any_bad(const std::byte* row, DType dtype, int count) {
+  if (dtype == DType::kF32) return any_above<std::int32_t>(row, count, 0x477fe000);  // 65504
+  // The largest accepted magnitude: 65504 in fp16, 65280 (the next below it) in bf16.
+  return any_above<std::int16_t>(row, count, dtype == DType::kF16 ? 0x7bff : 0x477f);
 }
 
 }  // namespace

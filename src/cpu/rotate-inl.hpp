@@ -37,68 +37,71 @@ inline float hadamard_norm(int block) {
   }
 }
 
-// One level at distance h over `count` vectors, `stride` floats apart.
-inline void hadamard_level(float* x, int count, int stride, int h) {
-  for (int base = 0; base < count; base += 2 * h) {
+// Levels whose vectors stay in registers between them: half of the registers.
+inline constexpr int kMostLevels = kLanes == 8 ? 3 : 4;
+
+// kLevels levels from distance h on over `count` vectors, `stride` floats apart, then times factor.
+template <int kLevels>
+inline void hadamard_levels(float* x, int count, int stride, int h, Vf factor) {
+  constexpr int kVectors = 1 << kLevels;
+  for (int base = 0; base < count; base += kVectors * h) {
     for (int k = base; k < base + h; ++k) {
-      float* low = x + k * stride;
-      float* high = low + h * stride;
-      const Vf a = load(low);
-      const Vf b = load(high);
-      store(low, a + b);
-      store(high, a - b);
+      Vf v[kVectors];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i) v[i] = load(x + (k + i * h) * stride);
+#pragma GCC unroll 4
+      for (int step = 1; step < kVectors; step *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kVectors; ++i) {
+          if ((i & step) != 0) continue;
+          const Vf low = v[i];
+          v[i] = low + v[i + step];
+          v[i + step] = low - v[i + step];
+        }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i) store(x + (k + i * h) * stride, v[i] * factor);
     }
   }
 }
 
-// The levels at distances h and 2 h in one pass over memory.
-inline void hadamard_two_levels(float* x, int count, int stride, int h) {
-  for (int base = 0; base < count; base += 4 * h) {
-    for (int k = base; k < base + h; ++k) {
-      float* p = x + k * stride;
-      const int step = h * stride;
-      const Vf a = load(p);
-      const Vf b = load(p + step);
-      const Vf c = load(p + 2 * step);
-      const Vf d = load(p + 3 * step);
-      const Vf ab = a + b;
-      const Vf a_b = a - b;
-      const Vf cd = c + d;
-      const Vf c_d = c - d;
-      store(p, ab + cd);
-      store(p + step, a_b + c_d);
-      store(p + 2 * step, ab - cd);
-      store(p + 3 * step, a_b - c_d);
-    }
-  }
-}
-
-// All levels over `count` vectors (a power of two).
-inline void hadamard_vectors(float* x, int count, int stride) {
+// All levels over `count` vectors (a power of two), then times norm.
+inline void hadamard_vectors(float* x, int count, int stride, float norm) {
   int h = 1;
-  for (; 4 * h <= count; h *= 4) hadamard_two_levels(x, count, stride, h);
-  if (h < count) hadamard_level(x, count, stride, h);
+  for (; h << kMostLevels < count; h <<= kMostLevels) {
+    hadamard_levels<kMostLevels>(x, count, stride, h, splat(1.0f));
+  }
+  switch (count / h) {
+    case 1:
+      return hadamard_levels<0>(x, count, stride, h, splat(norm));
+    case 2:
+      return hadamard_levels<1>(x, count, stride, h, splat(norm));
+    case 4:
+      return hadamard_levels<2>(x, count, stride, h, splat(norm));
+    case 8:
+      return hadamard_levels<3>(x, count, stride, h, splat(norm));
+    default:
+      return hadamard_levels<kMostLevels>(x, count, stride, h, splat(norm));
+  }
 }
 
 // One row of head_dim channels; the signs and the balance are the caller's.
 inline void hadamard_row(float* x, int head_dim) {
   const int block = hadamard_block(head_dim);
-  const Vf norm = splat(hadamard_norm(block));
   for (int c = 0; c < head_dim; c += kLanes) store(x + c, butterflies_in_lanes(load(x + c)));
-  for (int c = 0; c < head_dim; c += block) hadamard_vectors(x + c, block / kLanes, kLanes);
-  for (int c = 0; c < head_dim; c += kLanes) store(x + c, load(x + c) * norm);
+  for (int c = 0; c < head_dim; c += block) {
+    hadamard_vectors(x + c, block / kLanes, kLanes, hadamard_norm(block));
+  }
 }
 
 // Columns [head_dim][32 tokens].
 inline void hadamard_columns(float* x, int head_dim) {
   const int block = hadamard_block(head_dim);
-  const Vf norm = splat(hadamard_norm(block));
   for (int c = 0; c < head_dim; c += block) {
     for (int lane = 0; lane < kTileTokens; lane += kLanes) {
-      hadamard_vectors(x + c * kTileTokens + lane, block, kTileTokens);
+      hadamard_vectors(x + c * kTileTokens + lane, block, kTileTokens, hadamard_norm(block));
     }
   }
-  for (int i = 0; i < head_dim * kTileTokens; i += kLanes) store(x + i, load(x + i) * norm);
 }
 
 inline void multiply_signs(float* x, int head_dim) {
