@@ -79,7 +79,10 @@ constexpr int hadamard_block(int head_dim) { return head_dim & -head_dim; }
 constexpr int max_code(int bits) { return (1 << bits) - 1; }
 
 // Share of the (max - min) range that the codes span; notes on the choice in docs/format.md.
-constexpr float k_range_share(int bits) { return bits == 2 ? 0.88f : 1.0f; }
+// With error feedback a clipped value is passed on like any other error: clipping less is better.
+constexpr float k_range_share(int bits, bool feedback) {
+  return bits == 2 ? (feedback ? 0.94f : 0.88f) : 1.0f;
+}
 constexpr float v_range_share(int bits) { return bits == 2 ? 0.82f : 1.0f; }
 
 constexpr int position_of(int token) { return 4 * (token % 8) + token / 8; }

@@ -84,7 +84,7 @@ inline void encode_keys(const TileLayout& layout, const std::uint16_t* feedback,
   KeyParams params;
   hadamard_columns(columns, layout.head_dim);
   scale_columns(columns, layout.head_dim, tile + layout.k_norms_offset());
-  quantize_keys<kBits>(columns, layout.head_dim, params);
+  quantize_keys<kBits>(columns, layout.head_dim, feedback != nullptr, params);
   if (feedback == nullptr) {
     pack_keys<kBits>(columns, layout.head_dim, params, tile + layout.k_codes_offset());
   } else {

@@ -52,15 +52,15 @@ inline void channel_ranges(const float* columns, Vf& low, Vf& high) {
 
 // Parameters of z [head_dim][32 tokens].
 template <int kBits>
-inline void quantize_keys(const float* columns, int head_dim, KeyParams& params) {
-  constexpr float kShare = k_range_share(kBits) / static_cast<float>(max_code(kBits));
+inline void quantize_keys(const float* columns, int head_dim, bool feedback, KeyParams& params) {
+  const float share = k_range_share(kBits, feedback) / static_cast<float>(max_code(kBits));
   Vf max_scale = splat(0.0f);
   Vf max_mid = splat(0.0f);
   for (int c = 0; c < head_dim; c += kLanes) {
     Vf low;
     Vf high;
     channel_ranges(columns + c * kTileTokens, low, high);
-    const Vf scale = splat(kShare) * (high - low);
+    const Vf scale = splat(share) * (high - low);
     const Vf mid = splat(0.5f) * (high + low);
     store(params.scales + c, scale);
     store(params.mids + c, mid);

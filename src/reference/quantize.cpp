@@ -58,7 +58,7 @@ void quantize_keys(const TileLayout& layout, float* y, Tile& tile, const std::ui
     for (int c = 0; c < head_dim; ++c) row[c] *= inverse;
   }
 
-  const float share = k_range_share(bits) / static_cast<float>(max_code(bits));
+  const float share = k_range_share(bits, feedback != nullptr) / static_cast<float>(max_code(bits));
   float scales[kMaxHeadDim];
   float mids[kMaxHeadDim];
   float max_scale = 0.0f;

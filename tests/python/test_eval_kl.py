@@ -11,7 +11,17 @@ from typing import Any
 import oscar_kv
 import pytest
 import torch
-from models import VOCABULARY, enabled, english, prompt, smollm, smollm_file, teacher_forced, tiny
+from models import (
+    VOCABULARY,
+    backend,
+    enabled,
+    english,
+    prompt,
+    smollm,
+    smollm_file,
+    teacher_forced,
+    tiny,
+)
 from oscar_kv.cli import eval_kl
 from oscar_kv.cli.app import app
 from oscar_kv.cli.models import LoadedModel
@@ -136,9 +146,11 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_twin_agrees_with_the_kernels_on_text() -> None:
     model, _ = smollm()
     formats = [make_format(spec) for spec in ("k2v2", "k2v2-twin", "int8", "int4", "int2")]
-    ours, twin, int8, int4, int2 = evaluate(
-        model, [Document("d", "docs", english(400))], formats, 256
-    )
+    # The float path: the int8 ones make other errors, which codes then repeat in other places.
+    with backend("scalar"):
+        ours, twin, int8, int4, int2 = evaluate(
+            model, [Document("d", "docs", english(400))], formats, 256
+        )
     # Few tokens: later, steps of 2 bits on their edge fall differently and the paths part.
     assert twin.kl == pytest.approx(ours.kl, rel=0.02)
     assert 0 < int8.kl < ours.kl < int4.kl < int2.kl

@@ -21,6 +21,7 @@ from ..rotate import channel_signs, hadamard
 from .codec import Codec, LayerCodes, LayerInput, sliding_packed
 
 _K_SHARES = {2: 0.88, 3: 0.96}  # of the (max - min) range that the codes span; other bits: 1
+_FED_K_SHARES = {2: 0.94}  # with error feedback; other bits: 1
 _V_SHARES = {2: 0.82, 3: 0.92}
 _NORM_BITS = 8
 _V_PARAM_BITS = 16  # 8-bit scale, 8-bit mid
@@ -182,7 +183,8 @@ class Twin(Codec):
         groups = z.unflatten(1, (-1, self.group))  # [kv_heads, groups, group, head_dim]
         low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
         mid = 0.5 * (high + low)
-        scale = (self.k_share or _K_SHARES.get(self.k_bits, 1.0)) / top * (high - low)
+        shares = _K_SHARES if weights is None else _FED_K_SHARES
+        scale = (self.k_share or shares.get(self.k_bits, 1.0)) / top * (high - low)
         scale, stored = self._store(scale, mid)
         if self.rounding == "mean":
             error = groups - _dequantise(groups, scale, stored, top)

@@ -160,7 +160,7 @@ TEST(QuantizeKeys, ErrorIsBounded) {
       for (int c = 0; c < 128; ++c) {
         const double scale = tile.k_scales[c] * scale_unit;
         const double true_scale = scale + 0.5 * scale_unit;
-        const double half_range = 0.5 * steps * true_scale / k_range_share(format.k_bits);
+        const double half_range = 0.5 * steps * true_scale / k_range_share(format.k_bits, false);
         const double bound =
             std::max(0.5 * scale, half_range - 0.5 * steps * scale + 0.5 * mid_unit);
         ASSERT_LE(std::abs(row.k[c] - y[t * 128 + c]), norm_of(tile.k_norms[t]) * bound * 1.001);
