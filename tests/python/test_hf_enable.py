@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "t5": (
         lambda: _small("T5", "ForConditionalGeneration", **_ENCODER_DECODER),
-        "T5ForConditionalGeneration is an encoder-decoder",
+        "T5ForConditionalGeneration.*adds a position bias",
     ),
     "no_interface": (
         lambda: _small("Bloom", hidden_size=128, n_layer=1, n_head=2),

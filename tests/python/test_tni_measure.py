@@ -19,6 +19,8 @@ from oscar_kv.tni import (
     label_tokens,
     measure,
     measure_layer,
+    modalities,
+    token_kinds,
 )
 from oscar_kv.tni.measure import (
     METRICS,
@@ -29,7 +31,7 @@ from oscar_kv.tni.measure import (
     relative_norms,
 )
 from oscar_kv.tni.quantize import COMBINATIONS, Steps, read_packed
-from oscar_kv.tni.summary import as_dict, error, findings, frequent_texts, heads, kind_norms
+from oscar_kv.tni.summary import as_dict, error, findings, frequent_texts, heads
 from torch import Tensor
 
 TOKENS, KV_HEADS, Q_HEADS, HEAD_DIM = 128, 2, 4, 64
@@ -210,12 +212,40 @@ def test_kinds_and_texts() -> None:
     norms = torch.full((KV_HEADS, TOKENS), 8.0)
     norms[:, 64:96] = 24.0
     found = measurement(norms=norms)
-    kinds = kind_norms(found)
-    assert kinds["text"] == (96, pytest.approx(1.0))
-    assert kinds["image"] == (32, pytest.approx(3.0))
-    assert as_dict(found)["kinds"]["image"] == {"tokens": 32, "norm": pytest.approx(3.0)}
+    text, picture = modalities(found)
+    assert (text.kind, text.tokens, text.norm) == ("text", 96, pytest.approx(1.0))
+    assert (picture.kind, picture.tokens, picture.norm) == ("image", 32, pytest.approx(3.0))
+    assert text.mixed == picture.mixed == 0  # the image fills one group
+    row = as_dict(found)["kinds"][1]
+    assert (row["kind"], row["norm"]) == ("image", pytest.approx(3.0))
+    assert "Keys of image tokens are 3.0 times as large" in " ".join(findings(found))
     texts = {text: (count, ratio) for text, count, ratio in frequent_texts(measurement())}
     assert texts["t3"][0] == 4 and texts["t3"][1] == pytest.approx(0.1**0.25, rel=1e-3)
+
+
+def test_gap_between_kinds_in_a_group() -> None:
+    """Half of each group is an image with keys five times as large: words lose, scaling mends."""
+    norms = torch.full((KV_HEADS, TOKENS), 8.0)
+    inside = torch.arange(TOKENS) % 32 >= 16
+    norms[:, inside] = 40.0
+    layer = measure_layer(0, tensors(norms), Settings())
+    tokens = [Token("x", "image" if one else "text") for one in inside]
+    text, picture = modalities(Measurement("gap", Settings(), tokens, [layer]))
+    assert text.mixed == picture.mixed == TOKENS // 2
+    assert text.errors["rotation"] > 3 * picture.errors["rotation"]
+    assert text.errors["rotation + scaling"] < 0.3 * text.errors["rotation"]
+
+
+def test_kinds_by_placeholder() -> None:
+    class Config:
+        image_token_id, audio_token_index, video_token_id = 7, 9, None
+
+    class Omni:
+        thinker_config = Config()
+
+    kinds = ["text", "image", "image", "audio"]
+    assert token_kinds(Config(), [1, 7, 7, 9]) == token_kinds(Omni(), [1, 7, 7, 9]) == kinds
+    assert token_kinds(object(), [7]) == ["text"]
 
 
 def test_findings_name_the_tokens() -> None:

@@ -10,6 +10,8 @@ from .common import guarded
 from .eval_kl import kl
 from .eval_lm import lm
 from .eval_longbench import longbench
+from .eval_mmau_pro import mmau_pro
+from .eval_ocrbench import ocrbench
 from .eval_ruler import ruler
 from .eval_table import table
 
@@ -21,5 +23,5 @@ def group() -> None:
     """Measure what cache formats cost in accuracy."""
 
 
-for _command in (kl, table, ruler, lm, longbench):
+for _command in (kl, table, ruler, lm, longbench, ocrbench, mmau_pro):
     evaluation.command()(guarded(_command))

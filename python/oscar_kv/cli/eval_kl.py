@@ -74,6 +74,14 @@ def kl(
             show_default=False,
         ),
     ] = None,
+    modality_stress: Annotated[
+        float | None,
+        typer.Option(
+            help="Modality stress: spans of the text play images and sounds, their keys are "
+            "stored times this and divided by it; packed formats are simulated then.",
+            show_default=False,
+        ),
+    ] = None,
     equal_window: Annotated[
         bool, typer.Option("--equal-window", help="Add each baseline at our window and sinks.")
     ] = False,
@@ -119,6 +127,10 @@ def kl(
         raise InputError(f"{prompt} of {tokens} tokens would be prefilled, must be 1 to tokens - 1")
     chosen = _formats(formats or [_DEFAULT], equal_window)
     contents = {str(path): read_text(path, "--text") for path in text or []}
+    if modality_stress is not None:
+        from ..eval.modality import ModalityStress
+
+        chosen = [ModalityStress(one, modality_stress) for one in chosen]
     loaded = load_model(model, torch.float32)
     loaded.check_length(tokens)
     if stress is not None:
@@ -132,7 +144,7 @@ def kl(
         "documents": ", ".join(document.name for document in found),
         "tokens": tokens,
         "prompt": prompt,
-        "stress": stress or "none",
+        "stress": _stresses(stress, modality_stress),
     }
     if json_file is not None:
         lines = json.dumps([result.row() for result in results], indent=1)
@@ -145,6 +157,13 @@ def kl(
 
         write_report(html_file, results, settings)
     _show(results, settings)
+
+
+def _stresses(outliers: float | None, modality: float | None) -> str:
+    parts = [str(outliers)] if outliers is not None else []
+    if modality is not None:
+        parts.append(f"modality {modality}")
+    return ", ".join(parts) or "none"
 
 
 def _check_folders(*files: Path | None) -> None:

@@ -63,7 +63,7 @@ def load_model(path: Path | None, dtype: torch.dtype | None = None) -> LoadedMod
     """
     path = demo_model_path() if path is None else path
     folder, file_name, usual_dtype = _locate(path)
-    with progress_bar(f"reading {path.name}"), _quiet():
+    with progress_bar(f"reading {path.name}"), quiet():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         source = {"gguf_file": file_name} if file_name else {}
@@ -91,7 +91,7 @@ def _locate(path: Path) -> tuple[Path, str | None, torch.dtype | str]:
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def quiet():  # type: ignore[no-untyped-def]
     """Hides the bars and notes of the loaders: ours is already on the screen."""
     from transformers.utils import logging
 

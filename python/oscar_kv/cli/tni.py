@@ -25,9 +25,11 @@ from .common import (
     read_text,
     set_threads,
 )
-from .models import load_model
+from .models import LoadedModel, load_model
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..tni import Measurement
 
 _ROWS = 6  # of each table on the screen
@@ -46,6 +48,22 @@ def tni(
         Path | None,
         typer.Option(metavar="FILE", help="Balance to use; without it the text's own is measured."),
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Image before the text; repeatable. The model must take images.",
+            show_default=False,
+        ),
+    ] = None,
+    sound: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="16-bit WAV file before the text; repeatable. The model must take sounds.",
+            show_default=False,
+        ),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a report with pictures.")
     ] = None,
@@ -59,12 +77,13 @@ def tni(
     A few tokens whose keys are much smaller (attention sinks) or larger than their neighbours'
     spoil the 2-bit codes of all 32 tokens that share a range. Shows where that happens, which
     tokens they are, and the errors of K, V, scores and attention output with and without balance,
-    rotation and token scaling. Key norms are taken after RoPE, per layer and KV head.
+    rotation and token scaling. Key norms are taken after RoPE, per layer and KV head. With images
+    or sounds it also compares the kinds of tokens.
 
     Example: oscar tni --model ./checkpoint --text book.txt --html report.html
     """
     from ..balance import Balance
-    from ..tni import Settings, as_dict, label_tokens, measure, save_html
+    from ..tni import Settings, as_dict, label_tokens, measure, save_html, token_kinds
 
     set_threads(threads)
     content = read_text(text, "--text")
@@ -72,13 +91,15 @@ def tni(
         if path is not None and not path.parent.is_dir():
             raise InputError(f"{option}: folder {path.parent} does not exist")
     given = None if balance is None else Balance.load(balance)
-    loaded = load_model(model)
-    ids = loaded.encode(content)[:, :tokens]
+    loaded, inputs = _inputs(model, content, tokens, image or [], sound or [])
+    ids = inputs.pop("input_ids")
     loaded.check_length(ids.shape[1])
-    labels = label_tokens(loaded.tokenizer, ids[0].tolist())
+    listed = ids[0].tolist()
+    labels = label_tokens(loaded.tokenizer, listed, token_kinds(loaded.model.config, listed))
     settings = Settings(format=format.value, window=window, sinks=sinks)
-    with prefill_bar(f"measuring {ids.shape[1]} tokens", loaded.model):
-        measured = measure(loaded.model, ids, labels, settings, balance=given, name=loaded.name)
+    known = {"balance": given, "name": loaded.name}
+    with prefill_bar(f"measuring {len(listed)} tokens", loaded.model):
+        measured = measure(loaded.model, ids, labels, settings, **known, **inputs)
     _show(measured)
     if as_json is not None:
         as_json.write_text(json.dumps(as_dict(measured), indent=1), encoding="utf-8")
@@ -86,6 +107,22 @@ def tni(
         with progress_bar("drawing"):
             save_html(measured, html)
         print(f"report: {html}")
+
+
+def _inputs(
+    model: Path | None, content: str, tokens: int, images: list[Path], sounds: list[Path]
+) -> tuple[LoadedModel, dict[str, Tensor]]:
+    """The model and one prompt for it; of a text alone at most `tokens` tokens."""
+    if not images and not sounds:
+        loaded = load_model(model)
+        return loaded, {"input_ids": loaded.encode(content)[:, :tokens]}
+    from ..eval.tasks.media import make_inputs, read_image, read_sound, sampling_rate
+    from .multimodal import load_multimodal
+
+    seen = [read_image(path) for path in images]
+    both = load_multimodal(model)
+    heard = [read_sound(path, sampling_rate(both.processor)) for path in sounds]
+    return both, make_inputs(both.model, both.processor, content, seen, heard)
 
 
 def _show(measured: Measurement) -> None:
@@ -96,6 +133,8 @@ def _show(measured: Measurement) -> None:
         console.print(f"• {escape(sentence)}", highlight=False)
     for table in (_token_table(measured), _head_table(measured), _error_table(measured)):
         console.print(table)
+    if len({token.kind for token in measured.tokens}) > 1:
+        console.print(_kind_table(measured))
 
 
 def _token_table(measured: Measurement) -> Table:
@@ -126,6 +165,21 @@ def _head_table(measured: Measurement) -> Table:
         errors = [head.errors[name] for name in STORY]
         cells = [f"{x:.2f}" for x in (*figures, *errors)]
         table.add_row(str(head.layer), str(head.head), *cells)
+    return table
+
+
+def _kind_table(measured: Measurement) -> Table:
+    from ..tni import modalities
+    from ..tni.summary import STORY
+
+    table = Table(title="kinds of tokens")
+    table.add_column("kind")
+    columns = ("tokens", "in mixed groups", "norm / median of all")
+    for name in (*columns, *(f"K error {story}" for story in STORY)):
+        table.add_column(name, justify="right")
+    for one in modalities(measured):
+        errors = [f"{one.errors[name]:.3f}" for name in STORY]
+        table.add_row(one.kind, str(one.tokens), str(one.mixed), f"{one.norm:.2f}", *errors)
     return table
 
 

@@ -9,6 +9,7 @@
 * texts.py: the documents to measure on
 * simulate.py: one forward pass that decodes a document through a codec, or the real packed cache
 * stress.py: the outlier stress that leaves the 16-bit model unchanged
+* modality.py: the same for gaps between the key norms of modalities
 * kl.py: prefill, teacher-forced decoding, figures per format
 * report.py: the HTML report
 """

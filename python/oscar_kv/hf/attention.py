@@ -5,6 +5,8 @@
 * plain K, V (vision towers, sliding layers): transformers' sdpa, or the model's eager function
 * handles, nothing committed yet (a prompt): the same on the pending K, V, so it is exact
 * handles over history: PagedCache.attend on the codes
+* a mask over history that is not causal (a later image of Gemma 3, seen in both directions): sdpa
+  on dequantised K, V; right but slow, and the user is warned
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .columns import Step
+from .columns import NotCausalError, Step
 from .handle import Handle
 from .layer import OscarLayer, token_rows
 
@@ -86,7 +88,8 @@ def oscar_attention_forward(
     """query [batch, q_heads, queries, head_dim] -> ([batch, queries, q_heads, head_dim], None).
 
     Raises ValueError for output_attentions (weights are never formed) and NotImplementedError for
-    what packed tokens cannot express: a position bias, dropout, a mask that is not causal.
+    what packed tokens cannot express: a position bias, dropout, and in strict mode a mask that is
+    not causal.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
@@ -96,6 +99,7 @@ def oscar_attention_forward(
         return dense_attention(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
+    _refuse_cross_attention(module)
     layer = key.checked_layer()
     pending = layer.pending
     if pending is None or pending[0].shape[2] != query.shape[2]:
@@ -103,39 +107,57 @@ def oscar_attention_forward(
         return dense_attention(
             module, query, key.dense(), value.dense(), attention_mask, dropout, scaling, **kwargs
         )
-    step = layer.step
-    if step is None:
-        step = layer.shared.memo.step(
-            attention_mask,
-            layer.columns,
-            (query.shape[0], query.shape[2]),
-            layer.length,
-            kwargs.get("sliding_window") or 0,
-        )
-        layer.step = step
+    step = _step(layer, query, attention_mask, kwargs)
     if layer.queries is not None:
         layer.observe(query, step)
     if layer.length == 0:
-        out = _prompt(module, query, pending, attention_mask, step, dropout, scaling, kwargs)
-    else:
+        out = _exact(module, query, pending, attention_mask, step, dropout, scaling, kwargs)
+    elif step.causal:
         out = _over_history(layer, query, step, dropout, scaling, kwargs)
+    else:
+        read = (key.dense(), value.dense())
+        out = _exact(module, query, read, attention_mask, step, dropout, scaling, kwargs)
     if not layer.shared.keep_pending:
         pending = None
         layer.commit()
     return out, None
 
 
-def _prompt(
+def _refuse_cross_attention(module: nn.Module) -> None:
+    config = getattr(module, "config", None)
+    two_sided = getattr(module, "is_causal", True) is False
+    if two_sided and getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(module).__name__} attends to the encoder through an OscarCache, which is for "
+            "the decoder's own tokens: pass EncoderDecoderCache(OscarCache(config), DynamicCache())"
+        )
+
+
+def _step(layer: OscarLayer, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Step:
+    """What the pending tokens are; known already if another layer shares this one's K and V."""
+    if layer.step is None:
+        shape = (query.shape[0], query.shape[2])
+        window = kwargs.get("sliding_window") or 0
+        try:
+            layer.step = layer.shared.memo.step(mask, layer.columns, shape, layer.length, window)
+        except NotCausalError as error:
+            if layer.shared.strict:
+                raise
+            layer.step = error.step
+    return layer.step
+
+
+def _exact(
     module: nn.Module,
     query: Tensor,
-    pending: tuple[Tensor, Tensor],
+    read: tuple[Tensor, Tensor],
     mask: Tensor | None,
     step: Step,
     dropout: float,
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    out, _ = dense_attention(module, query, *pending, mask, dropout, scaling, **kwargs)
+    out, _ = dense_attention(module, query, *read, mask, dropout, scaling, **kwargs)
     if step.real is None:
         return out
     # A query of padding sees no key: its softmax is NaN in some kernels, and NaN in the K and V

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
 
 from ..balance import Balance, text_config
 from .columns import row_list
 from .layer import OscarLayer
 from .shared import Shared
+from .survey import Survey, survey_layers
 
 BalanceLike = Balance | str | os.PathLike[str] | None  # str: "auto" or a path
 
@@ -83,8 +83,10 @@ class OscarCache(DynamicCache):  # type: ignore[misc]
     one by one, so that results do not depend on how a text is cut into calls; without it the call's
     own tokens are exact to each other. The first call of a cache is exact either way.
 
-    Sliding-window, linear and shared layers stay transformers' own. With a model prepared by
-    `oscar_kv.enable` attention runs on the codes; any other model reads dequantised K and V.
+    Layers that cannot be packed (`survey` names them: sliding-window, linear, shared ones) stay
+    transformers' own. With a model prepared by `oscar_kv.enable` attention runs on the codes; any
+    other model reads dequantised K and V. For an encoder-decoder this is the self-attention cache:
+    EncoderDecoderCache(OscarCache(config), DynamicCache()).
 
     Raises ValueError for settings out of range, a model without full-attention layers (nothing
     would be packed), and a balance of another model.
@@ -122,12 +124,13 @@ class OscarCache(DynamicCache):  # type: ignore[misc]
             strict=bool(strict),
             keep_pending=int(getattr(text, "num_kv_shared_layers", 0) or 0) > 0,
         )
+        self.survey: Survey = survey_layers(text, self.layers)
+        if not self.survey.packed:
+            raise ValueError(nothing_to_pack(text, self.survey))
         self.layers: list[Any] = [
-            OscarLayer(index, self.shared) if type(layer) is DynamicLayer else layer
+            layer if index in self.survey.kept else OscarLayer(index, self.shared)
             for index, layer in enumerate(self.layers)
         ]
-        if not any(self._packed_layers()):
-            raise ValueError(nothing_to_pack(text, self.layers))
 
     def _packed_layers(self) -> Iterator[OscarLayer]:
         return (layer for layer in self.layers if isinstance(layer, OscarLayer))
@@ -251,17 +254,17 @@ def check_settings(format: str, window: int, sinks: int) -> None:
         raise ValueError(f"sinks is {sinks!r}, must be an integer from 0 to 32")
 
 
-def nothing_to_pack(text: PreTrainedConfig, layers: list[Any]) -> str:
+def nothing_to_pack(text: PreTrainedConfig, survey: Survey) -> str:
     """Why a model of this configuration has no layer that could be packed."""
     name = f"model type {text.model_type!r}"
-    if any(getattr(layer, "is_sliding", False) for layer in layers):
+    if survey.kept and all(reason.startswith("sliding window") for reason in survey.reasons):
         window = getattr(text, "sliding_window", None)
         return (
             f"{name}: every attention layer is a sliding-window layer (sliding_window={window}), "
             "nothing would be packed. Where the context stays below the window, set "
             "config.sliding_window = None before loading the model"
         )
-    return f"{name} has no full-attention layer whose K and V could be packed"
+    return f"{name} has no layer whose K and V could be packed: {'; '.join(survey.reasons)}"
 
 
 def _tensor_bytes(layer: object) -> int:

@@ -11,7 +11,7 @@ it must say nothing else: a query over packed history sees all earlier tokens of
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Step:
     rows: int64 [tokens], their indices in the flattened [batch * queries]; None: all.
     query_start: [batch + 1] offsets of each row's tokens in `rows`; None: equal counts.
     sliding_window: newest tokens a query may see over history, itself included; 0: all.
+    causal: whether that is all the mask says over history, so that the kernels can follow it.
     """
 
     columns: Tensor | None = None
@@ -33,9 +34,18 @@ class Step:
     rows: Tensor | None = None
     query_start: list[int] | None = None
     sliding_window: int = 0
+    causal: bool = True
 
 
 ALL_REAL = Step()
+
+
+class NotCausalError(NotImplementedError):
+    """A mask over packed history that kernels cannot express; `step`: what the pass stores."""
+
+    def __init__(self, message: str, step: Step) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def row_list(indices: Tensor) -> list[int]:
@@ -99,7 +109,7 @@ def analyse(
     columns: the stored columns of the history, or None (all). shape: (batch, queries).
     A new column is a token if it may see itself. A prompt (history 0) may have any mask; over
     history it must be causal among tokens, possibly cut to the model's `sliding_window` (which some
-    models name on layers that see everything: the mask decides), else NotImplementedError.
+    models name on layers that see everything: the mask decides), else NotCausalError.
     """
     batch, queries = shape
     if mask is None:
@@ -113,13 +123,14 @@ def analyse(
     real = allowed[:, :, history:].diagonal(dim1=1, dim2=2)
     past = allowed.new_ones(batch, history) if columns is None else columns
     after = torch.cat([past, real], dim=1)
-    window = _check_causal(allowed, after, real, history, sliding_window) if history else 0
-    if bool(real.all()):
-        if columns is None and not window:
-            return ALL_REAL
-        return Step(columns=None if columns is None else after, sliding_window=window)
-    starts = [0, *real.sum(1).cumsum(0).tolist()]
-    return Step(after, real, real.flatten().nonzero().squeeze(1), starts, window)
+    step = ALL_REAL
+    if not bool(real.all()):
+        starts = [0, *real.sum(1).cumsum(0).tolist()]
+        step = Step(after, real, real.flatten().nonzero().squeeze(1), starts)
+    elif columns is not None:
+        step = Step(columns=after)
+    window = _check_causal(allowed, after, step, real, sliding_window) if history else 0
+    return replace(step, sliding_window=window) if window else step
 
 
 def _as_bool(mask: Tensor, batch: int, queries: int, columns: int) -> Tensor:
@@ -141,9 +152,10 @@ def _as_bool(mask: Tensor, batch: int, queries: int, columns: int) -> Tensor:
 
 
 def _check_causal(
-    allowed: Tensor, after: Tensor, real: Tensor, history: int, sliding_window: int
+    allowed: Tensor, after: Tensor, step: Step, real: Tensor, sliding_window: int
 ) -> int:
     """The window (0: none) with which every real query sees exactly the tokens up to itself."""
+    history = after.shape[1] - real.shape[1]
     position = torch.arange(after.shape[1], device=after.device)
     expected = after[:, None, :] & (position[None, :] <= position[history:, None])
     wrong = _rows_that_differ(expected, allowed, real)
@@ -155,11 +167,12 @@ def _check_causal(
         sliding_window = 0
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
-        raise NotImplementedError(
+        raise NotCausalError(
             f"the attention mask of batch row {row} is not causal over the cached tokens (for "
             "example bidirectional image blocks, packed documents, or tokens that were masked "
             "after they were cached): new tokens over packed history must see exactly the earlier "
-            "tokens of their row"
+            "tokens of their row",
+            replace(step, causal=False),
         )
     return sliding_window
 

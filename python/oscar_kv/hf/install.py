@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,14 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 
-from ..balance import kv_shapes, text_config
+from ..balance import text_config
 from .attention import NAME, register
-from .cache import BalanceLike, OscarCache, resolve_balance
+from .cache import BalanceLike, OscarCache, nothing_to_pack, resolve_balance
+from .survey import survey
 
 _STATE = "_oscar_kv"
-_MAX_GROUP = 16  # query heads of a KV head
+_PREPARE = "_prepare_cache_for_generation"
+_BATCHING = "init_continuous_batching"
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,6 +42,7 @@ class _Enabled:
     feedbacks: dict[int, Tensor]  # likewise
     previous: list[tuple[Any, Any]] = field(default_factory=list)  # (config, implementation)
     generate: Any = None  # the instance's own generate, if it had one
+    made: list[OscarCache] = field(default_factory=list)  # by the running generate
 
     def new_cache(self, model: PreTrainedModel) -> OscarCache:
         cache = OscarCache(model.config, balance=None, **self.settings)
@@ -54,13 +65,19 @@ def enable(
     first prompt of at least 32 tokens and kept for later calls. A `past_key_values` that a caller
     passes is used as it is. Called again: replaces the settings (and forgets a measured balance).
 
+    Layers that cannot be packed stay in transformers' own cache and are named in a log message
+    (`survey(model.config)` says the same). Of an encoder-decoder the decoder's self-attention is
+    packed, of an omni model the thinker.
+
     Raises TypeError for what is not a transformers model, and ValueError (naming the model class or
-    the value and its limit) for encoder-decoders, models without full attention, latent attention
-    (MLA), model files without the attention interface, and unsupported head sizes or dtypes.
+    the value and its limit) for a model none of whose layers can be packed (sliding windows only,
+    latent attention, position bias, unsupported head sizes), model files without the attention
+    interface, and unsupported dtypes.
     """
+    whole, model = model, decoder_of(model)
     _check_model(model)
     known = resolve_balance(balance, model.config)
-    OscarCache(model.config, format=format, window=window, sinks=sinks, balance=None)  # checks
+    probe = OscarCache(model.config, format=format, window=window, sinks=sinks, balance=None)
     state = _Enabled(
         settings={"format": format, "window": window, "sinks": sinks, "strict": strict},
         measure=known is None,
@@ -72,30 +89,54 @@ def enable(
         state.previous = _install(model)
         state.generate = model.__dict__.get("generate")
         model.generate = types.MethodType(_generate, model)
+        setattr(model, _BATCHING, types.MethodType(_no_continuous_batching, model))
+        if model.config.is_encoder_decoder:
+            setattr(model, _PREPARE, types.MethodType(_prepare_cache, model))
     else:
         state.previous, state.generate = old.previous, old.generate
     setattr(model, _STATE, state)
-    return model
+    level = logging.WARNING if probe.survey.kept else logging.INFO
+    _log.log(level, "%s: %s (%s)", type(model).__name__, probe.survey, format)
+    return whole
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes `enable`: attention implementation and ``generate``. Does nothing if not enabled."""
+    whole, model = model, decoder_of(model)
     state: _Enabled | None = getattr(model, _STATE, None)
     if state is None:
-        return model
+        return whole
     _restore(state.previous)
     if state.generate is not None:
         model.generate = state.generate
     else:
         del model.generate  # the class has its own
+    for name in (_PREPARE, _BATCHING):
+        model.__dict__.pop(name, None)
     delattr(model, _STATE)
-    return model
+    return whole
+
+
+def decoder_of(model: Any) -> Any:
+    """The part that generates text: the thinker of an omni model, else the model itself."""
+    thinker = getattr(model, "thinker", None)
+    return thinker if isinstance(thinker, GenerationMixin) else model
 
 
 @contextlib.contextmanager
 def attention_installed(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
-    """The model with the attention function `name` ("oscar"), its previous one afterwards."""
+    """The model with the attention function `name` ("oscar"), its previous one afterwards.
+
+    ValueError for a model that `enable` refuses, and for an encoder-decoder: code that brings its
+    own cache would give cross-attention the cache of self-attention.
+    """
+    model = decoder_of(model)
     _check_model(model)
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model: only enable(model) and "
+            "generate() are supported for it"
+        )
     previous = _install(model, name)
     try:
         yield
@@ -143,45 +184,27 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
     name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model, only decoders are supported")
     if not isinstance(model, GenerationMixin) or not model.can_generate():
         raise ValueError(f"{name} cannot generate: use its ...ForCausalLM class")
     text = text_config(model.config)
-    if getattr(text, "kv_lora_rank", None):
-        raise ValueError(
-            f"{name} caches latents (MLA, kv_lora_rank={text.kv_lora_rank}), which cannot be packed"
-        )
     if not hasattr(text, "num_attention_heads") or not model._supports_default_dynamic_cache():
         raise ValueError(f"{name} has no attention layers whose K and V could be packed")
+    found = survey(model.config)
+    if not found.packed:
+        raise ValueError(f"{name}: {nothing_to_pack(text, found)}")
     for module in model.modules():
-        decoder = isinstance(module, PreTrainedModel) and module.config is text
+        # By type: of an encoder-decoder, text_config makes a copy.
+        decoder = isinstance(module, PreTrainedModel) and type(module.config) is type(text)
         if decoder and not module._can_set_attn_implementation():
             raise ValueError(
                 f"{type(module).__name__} does not use transformers' attention interface, its "
                 "attention cannot be replaced"
             )
-    _check_heads(name, text)
     dtype, device = model.dtype, model.device
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{name} has dtype {dtype}, must be float32, float16 or bfloat16")
     if device.type == "meta":
         raise ValueError(f"{name} is on the meta device: load its weights first")
-
-
-def _check_heads(name: str, text: Any) -> None:
-    from .. import _core
-
-    for q_heads, kv_heads, head_dim in set(kv_shapes(text)):
-        if q_heads % kv_heads or q_heads // kv_heads > _MAX_GROUP:
-            raise ValueError(
-                f"{name}: {q_heads} query heads over {kv_heads} KV heads, the ratio must be an "
-                f"integer from 1 to {_MAX_GROUP}"
-            )
-        try:
-            _core.tile_bytes(head_dim, "k2v2")
-        except (ValueError, NotImplementedError) as error:
-            raise ValueError(f"{name}: {error}") from error
 
 
 def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -200,14 +223,45 @@ def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     asked.append(self.generation_config.use_cache)
     if next((value for value in asked if value is not None), True) is False:
         return inner(*args, **kwargs)
-    if kwargs.get("past_key_values") is None:
-        kwargs["past_key_values"] = state.new_cache(self)
+    cache = kwargs.get("past_key_values")
+    if self.config.is_encoder_decoder:
+        # One call may run several (Whisper, a long recording), each with a cache of its own: they
+        # are made where transformers makes them, see _prepare_cache.
+        if isinstance(cache, OscarCache):
+            kwargs["past_key_values"] = _with_cross_attention(cache)
+    elif cache is None:
+        cache = kwargs["past_key_values"] = state.new_cache(self)
     with _no_cache_implementation(self.generation_config, config):
         result = inner(*args, **kwargs)
-    cache = kwargs["past_key_values"]
-    if isinstance(cache, OscarCache):
-        cache.check()  # of the last step on a GPU nothing else would be heard
+    made, state.made = state.made, []
+    for one in [cache, *made]:
+        if isinstance(one, OscarCache):
+            one.check()  # of the last step on a GPU nothing else would be heard
     return result
+
+
+def _no_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """transformers would keep a paged 16-bit cache, with no word that nothing is packed."""
+    raise NotImplementedError(
+        f"continuous batching of {type(self).__name__} (generate_batch, transformers serve "
+        "--continuous-batching) keeps a 16-bit cache of its own, which oscar_kv cannot pack: call "
+        "oscar_kv.disable(model) first, or use generate() with a padded batch"
+    )
+
+
+def _prepare_cache(
+    self: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+) -> Any:
+    """transformers' step of ``generate`` that makes a cache where the caller passed none."""
+    state: _Enabled = getattr(self, _STATE)
+    if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        state.made.append(state.new_cache(self))
+        model_kwargs["past_key_values"] = _with_cross_attention(state.made[-1])
+    return getattr(type(self), _PREPARE)(self, generation_config, model_kwargs, *args)
+
+
+def _with_cross_attention(cache: OscarCache) -> EncoderDecoderCache:
+    return EncoderDecoderCache(cache, DynamicCache())  # which sees all of the encoder
 
 
 @contextlib.contextmanager

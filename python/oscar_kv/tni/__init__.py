@@ -7,6 +7,7 @@ Source: OScaR, arXiv 2605.19660. ``measure`` runs a model once; ``save_html`` dr
 
 from .capture import measure
 from .measure import LayerMeasure, LayerTensors, Measurement, Settings, measure_layer
+from .modality import Modality, modalities, token_kinds
 from .report import save_html
 from .summary import as_dict, findings
 from .tokens import Outlier, Token, find_outliers, label_tokens
@@ -15,6 +16,7 @@ __all__ = [
     "LayerMeasure",
     "LayerTensors",
     "Measurement",
+    "Modality",
     "Outlier",
     "Settings",
     "Token",
@@ -24,5 +26,7 @@ __all__ = [
     "label_tokens",
     "measure",
     "measure_layer",
+    "modalities",
     "save_html",
+    "token_kinds",
 ]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import plots, plots_error
 from .measure import Measurement
-from .summary import STORY, findings, frequent_texts, heads, kind_norms, outliers, token_error
+from .modality import modalities
+from .summary import STORY, findings, frequent_texts, heads, outliers, token_error
 from .tokens import OUTLIER_RATIO, Outlier
 
 if TYPE_CHECKING:
@@ -161,11 +162,16 @@ def _token_tables(measured: Measurement) -> Iterator[str]:
         yield "<h3>Frequent tokens with the smallest and the largest norms</h3>"
         shown = [(repr(text), count, ratio) for text, count, ratio in texts[:5] + texts[-5:]]
         yield _table(("text", "occurrences", "norm / group median"), shown, left=1)
-    kinds = kind_norms(measured)
+    kinds = modalities(measured)
     if len(kinds) > 1:
         yield "<h3>Kinds of tokens</h3>"
-        rows = [(kind, count, ratio) for kind, (count, ratio) in kinds.items()]
-        yield _table(("kind", "tokens", "norm / median of all tokens"), rows, left=1)
+        header = ["kind", "tokens", "in mixed groups", "norm / median of all tokens"]
+        header += [f"K error: {name}" for name in STORY]
+        rows = [
+            [one.kind, one.tokens, one.mixed, one.norm, *(one.errors[name] for name in STORY)]
+            for one in kinds
+        ]
+        yield _table(header, rows, left=1)
 
 
 def _outlier_table(measured: Measurement, found: list[Outlier]) -> str:

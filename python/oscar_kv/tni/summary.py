@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .measure import (
@@ -19,6 +18,7 @@ from .measure import (
     max_over_min,
     relative_norms,
 )
+from .modality import modalities
 from .quantize import COMBINATIONS
 from .tokens import OUTLIER_RATIO, Outlier, find_outliers
 
@@ -106,21 +106,6 @@ def frequent_texts(measured: Measurement, least: int = 3) -> list[tuple[str, int
     return sorted(rows, key=lambda row: row[2])
 
 
-def kind_norms(measured: Measurement) -> dict[str, tuple[int, float]]:
-    """By kind of token: (tokens, norm / median norm of all tokens of the head, median over heads).
-
-    A kind far from 1 is a gap between modalities: groups that hold two kinds are imbalanced.
-    """
-    norms = torch.stack([layer.norms for layer in measured.layers])
-    overall = norms.median(-1).values
-    result = {}
-    for kind in dict.fromkeys(token.kind for token in measured.tokens):
-        chosen = torch.tensor([token.kind == kind for token in measured.tokens])
-        ratio = norms[..., chosen].median(-1).values / overall
-        result[kind] = (int(chosen.sum()), float(ratio.median()))
-    return result
-
-
 def findings(measured: Measurement) -> list[str]:
     """What the numbers say, one sentence a finding."""
     low, high = outliers(measured)
@@ -156,7 +141,24 @@ def findings(measured: Measurement) -> list[str]:
             f"No token's norm is above {OUTLIER_RATIO:.0f} times its group's median (largest: "
             f"{float(ratios.max()):.2f})."
         )
-    return sentences + _step_findings(measured)
+    return sentences + _kind_findings(measured) + _step_findings(measured)
+
+
+def _kind_findings(measured: Measurement) -> list[str]:
+    kinds = modalities(measured)
+    if len(kinds) < 2:
+        return []
+    low, high = min(kinds, key=lambda one: one.norm), max(kinds, key=lambda one: one.norm)
+    mixed, tokens = sum(one.mixed for one in kinds), len(measured.tokens)
+    errors = ", ".join(
+        f"{one.kind} {one.errors['rotation']:.3f} -> {one.errors['rotation + scaling']:.3f}"
+        for one in kinds
+    )
+    return [
+        f"Keys of {high.kind} tokens are {high.norm / low.norm:.1f} times as large as those of "
+        f"{low.kind} tokens; {mixed / tokens:.0%} of the tokens share a group with another kind.",
+        f"Relative error of K by kind, without and with token scaling: {errors}.",
+    ]
 
 
 def _step_findings(measured: Measurement) -> list[str]:
@@ -187,7 +189,6 @@ def _step_findings(measured: Measurement) -> list[str]:
 def as_dict(measured: Measurement) -> dict[str, Any]:
     """The content of `--json`: settings, findings, tokens, heads, errors; no per-token norms."""
     low, high = outliers(measured)
-    kinds = kind_norms(measured)
     return {
         "model": measured.model,
         **asdict(measured.settings),
@@ -203,7 +204,7 @@ def as_dict(measured: Measurement) -> dict[str, Any]:
         },
         "low_norm_tokens": [_flat(one) for one in low],
         "large_norm_tokens": [_flat(one) for one in high],
-        "kinds": {kind: {"tokens": n, "norm": ratio} for kind, (n, ratio) in kinds.items()},
+        "kinds": [asdict(kind) for kind in modalities(measured)],
         "errors": [
             {"steps": name, "exact_sinks": exact}
             | {metric: float(error(measured, metric, name, exact).mean()) for metric in METRICS}

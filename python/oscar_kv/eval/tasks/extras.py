@@ -14,8 +14,8 @@ class MissingPackageError(ValueError):
 
 
 def check(module: str) -> None:
-    """Raises MissingPackageError if `module` is not installed; imports nothing."""
-    if importlib.util.find_spec(module) is None:
+    """Raises MissingPackageError if the package of `module` is not installed; imports nothing."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
         raise MissingPackageError(
             f"the package that holds {module!r} is not installed: "
             "pip install 'oscar-kv[eval]' brings what the evaluations need"

@@ -117,7 +117,7 @@ class Runner:
             if remaining > 0 and not self._ended(start, len(ids), done, eos):
                 stop = None if done is None else _stopping(done, len(ids))
                 out = self._generate(start, cache, remaining, stop, options)
-            answers[name] = Answer(out[0, len(ids) :].tolist(), _bits(cache))
+            answers[name] = Answer(out[0, len(ids) :].tolist(), cache_bits(cache))
         return {name: answers[name] for name in wanted}
 
     def _exact_cache(self) -> DynamicCache:
@@ -189,7 +189,7 @@ def _stopping(done: Callable[[list[int]], bool], prompt_tokens: int) -> Any:
     return StoppingCriteriaList([Done()])
 
 
-def _bits(cache: Cache) -> float:
+def cache_bits(cache: Cache) -> float:
     """Bits per K and V element as held, windows included."""
     from ...hf import OscarCache
 
