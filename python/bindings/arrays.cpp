@@ -62,7 +62,7 @@ void require_on(const char* name, const AnyArray& array, Device device) {
 
 template <typename AnyArray>
 void require(const char* name, const AnyArray& array, Device device, const nb::dlpack::dtype& dtype,
-             std::initializer_list<std::int64_t> shape) {
+             std::initializer_list<std::int64_t> shape, bool strided = false) {
   require_on(name, array, device);
   if (array.dtype() != dtype) {
     throw nb::type_error(
@@ -81,6 +81,7 @@ void require(const char* name, const AnyArray& array, Device device, const nb::d
   }
   std::int64_t stride = 1;
   for (std::size_t i = array.ndim(); i-- > 0;) {
+    if (strided && i == 0) break;
     if (array.shape(i) > 1 && array.stride(i) != stride) {
       throw nb::value_error((std::string(name) + " has stride " + std::to_string(array.stride(i)) +
                              " in dimension " + std::to_string(i) + ", must be contiguous (" +
@@ -183,6 +184,10 @@ float* f32(const char* name, const MutableArray& array, Device device,
   return static_cast<float*>(array.data());
 }
 
+std::int32_t batch_of(const CacheArrays& arrays) {
+  return arrays.slot.ndim() == 0 ? 0 : static_cast<std::int32_t>(arrays.slot.shape(0));
+}
+
 CacheArguments cache_arguments(const CacheArrays& arrays, const std::string& format,
                                std::int32_t window, std::int32_t sinks) {
   CacheArguments result;
@@ -197,6 +202,8 @@ CacheArguments cache_arguments(const CacheArrays& arrays, const std::string& for
          "ring_tokens + sinks, head_dim]")
             .c_str());
   }
+  const auto exact_rows = static_cast<std::int64_t>(arrays.exact.shape(3));
+  layout.exact_blocks = arrays.exact.shape(1) != 1 ? 1 : exact_rows == layout.exact_rows() ? 2 : 4;
   layout.kv_heads = static_cast<std::int32_t>(arrays.pages.shape(1));
   layout.page_tokens = static_cast<std::int32_t>(arrays.pages.shape(2)) * kTileTokens;
   layout.head_dim = static_cast<std::int32_t>(arrays.exact.shape(4));
@@ -210,15 +217,28 @@ CacheArguments cache_arguments(const CacheArrays& arrays, const std::string& for
   require("pages", arrays.pages, device, nb::dtype<std::uint8_t>(),
           {-1, layout.kv_heads, layout.tiles_per_page(), layout.tile().tile_bytes()});
   require("exact", arrays.exact, device, arrays.exact.dtype(),
-          {-1, 2, layout.kv_heads, layout.exact_rows(), layout.head_dim});
+          {-1, layout.exact_blocks == 1 ? 2 : 1, layout.kv_heads, layout.exact_block_rows(),
+           layout.head_dim},
+          true);
 
   CacheView& view = result.view;
   view.pages = static_cast<std::uint8_t*>(const_cast<void*>(arrays.pages.data()));
   view.num_pages = static_cast<std::int64_t>(arrays.pages.shape(0));
   view.exact = const_cast<void*>(arrays.exact.data());
   view.slots = static_cast<std::int64_t>(arrays.exact.shape(0));
-  result.batch = static_cast<std::int32_t>(arrays.slot.ndim() == 1 ? arrays.slot.shape(0) : 0);
-  view.slot = i32("slot", arrays.slot, device, {-1});
+  if (view.slots > 1) {
+    view.exact_stride =
+        arrays.exact.stride(0) * static_cast<std::int64_t>(size_of(layout.exact_dtype));
+    if (view.exact_stride < layout.exact_block_bytes()) {
+      throw nb::value_error(("exact has stride " + std::to_string(arrays.exact.stride(0)) +
+                             " between slots: they overlap")
+                                .c_str());
+    }
+  }
+  result.batch = batch_of(arrays);
+  view.slot = layout.exact_blocks == 1
+                  ? i32("slot", arrays.slot, device, {-1})
+                  : i32("slot", arrays.slot, device, {-1, layout.exact_blocks});
   view.seq_len = i32("seq_len", arrays.seq_len, device, {result.batch});
   view.block_table = i32("block_table", arrays.block_table, device, {result.batch, -1});
   view.max_pages = static_cast<std::int64_t>(arrays.block_table.shape(1));
@@ -229,11 +249,6 @@ CacheArguments cache_arguments(const CacheArrays& arrays, const std::string& for
     view.balance = f32("balance", *arrays.balance, device, {layout.kv_heads, layout.head_dim});
   }
   if (arrays.feedback) {
-    if (!device.is_cpu()) {
-      raise(
-          Status(StatusCode::kUnsupported,
-                 "feedback is on a CUDA device, must be None there: only the CPU carries errors"));
-    }
     const nb::dlpack::dtype half{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
     require("feedback", *arrays.feedback, device, half,
             {layout.kv_heads, layout.head_dim, layout.head_dim});

@@ -63,14 +63,18 @@ void require_device(const char* name, const MutableArray& array, Device device);
 // The arrays of one layer, and what they say about the layout.
 struct CacheArrays {
   Array pages;               // u8 [num_pages, kv_heads, tiles_per_page, tile_bytes]
-  Array exact;               // [slots, 2, kv_heads, ring_tokens + sinks, head_dim]
+  Array exact;               // [slots, 2, kv_heads, ring_tokens + sinks, head_dim], slots strided;
+                             // of 2 or 4 exact blocks [slots, 1, kv_heads, their rows, head_dim]
   Array block_table;         // i32 [batch, max_pages]
-  Array slot;                // i32 [batch]
+  Array slot;                // i32 [batch], of 2 or 4 exact blocks [batch, exact blocks]
   Array seq_len;             // i32 [batch]
   OptionalArray exact_from;  // i32 [batch]
   OptionalArray balance;     // f32 [kv_heads, head_dim]
   OptionalArray feedback;    // f16 [kv_heads, head_dim, head_dim]
 };
+
+// Sequences, as `slot` says.
+std::int32_t batch_of(const CacheArrays& arrays);
 
 struct CacheArguments {
   Layout layout;

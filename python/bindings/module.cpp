@@ -84,7 +84,7 @@ std::size_t workspace_bytes(const CacheArrays& arrays, std::int64_t query_tokens
   const bool shaped = arrays.exact.ndim() == 5;
   layout.kv_heads = shaped ? static_cast<std::int32_t>(arrays.exact.shape(2)) : 0;
   layout.head_dim = shaped ? static_cast<std::int32_t>(arrays.exact.shape(4)) : 0;
-  const auto batch = arrays.slot.ndim() == 1 ? static_cast<std::int32_t>(arrays.slot.shape(0)) : 0;
+  const std::int32_t batch = batch_of(arrays);
   const Device device{arrays.pages.device_type(), arrays.pages.device_id()};
   return attend_workspace_bytes_on(device, layout, batch, query_tokens, q_heads, max_query_len);
 }

@@ -5,11 +5,13 @@
 Shapes (one layer; ``include/oscar/cache.hpp`` has the meaning of each):
 
 * ``pages`` uint8 ``[num_pages, kv_heads, page_tokens / 32, tile_bytes]``
-* ``exact`` model dtype ``[slots, 2, kv_heads, ring_tokens(window) + sinks, head_dim]``
+* ``exact`` model dtype ``[slots, 2, kv_heads, ring_tokens(window) + sinks, head_dim]``, any stride
+  between slots; in 2 or 4 blocks a sequence ``[slots, 1, kv_heads, all or half of the rows,
+  head_dim]``, and then ``slot`` ``[batch, blocks]``
 * ``block_table`` int32 ``[batch, max_pages]``
 * ``slot``, ``seq_len``, ``exact_from`` (or None) int32 ``[batch]``
 * ``balance`` float32 ``[kv_heads, head_dim]`` or None
-* ``feedback`` float16 ``[kv_heads, head_dim, head_dim]`` or None (feedback.py; CPU only)
+* ``feedback`` float16 ``[kv_heads, head_dim, head_dim]`` or None (feedback.py)
 * ``k``, ``v``, ``k_new``, ``v_new`` ``[tokens, kv_heads, head_dim]`` and ``q``
   ``[tokens, q_heads, head_dim]``: float32, float16 or bfloat16, head_dim contiguous
 * ``query_start`` int32 ``[batch + 1]``: tokens ``query_start[b] .. query_start[b + 1] - 1`` belong
@@ -181,6 +183,23 @@ def attend_over(
     max_query_len: a bound of one sequence's query tokens; 0: not known.
     """
     out, lse = _attend_outputs(q)
+    rows = (q, k_new, v_new)
+    attend_into(out, lse, arrays, *rows, query_start, *options, max_query_len=max_query_len)
+    return out, lse
+
+
+def attend_into(
+    out: Tensor,
+    lse: Tensor | None,
+    arrays: _core.CacheArrays,
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    query_start: Tensor,
+    *options: Any,
+    max_query_len: int = 0,
+) -> None:
+    """``attend_over`` into the caller's output (any strides) and log-sum-exp or None."""
     rows = (_detached(q), _detached(k_new), _detached(v_new))
     if q.device.type == "cuda":
         rows = (_aligned(rows[0]), _aligned(rows[1]), _aligned(rows[2]))
@@ -189,7 +208,6 @@ def attend_over(
         workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
         launch: tuple[Any, ...] = (*options, _stream(q.device), max_query_len)
         _core.attend(arrays, *rows, query_start, out, lse, workspace, *launch)
-    return out, lse
 
 
 def cuda_read_bytes(array: Tensor, total: Tensor) -> None:

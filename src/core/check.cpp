@@ -63,6 +63,14 @@ Status check_layout(const Layout& layout) {
   OSCAR_TRY(check_range("kv_heads", layout.kv_heads, 1, 65536));
   OSCAR_TRY(check_range("window", layout.window, 0, 1 << 24));
   OSCAR_TRY(check_range("sinks", layout.sinks, 0, kTileTokens));
+  if (layout.exact_blocks != 1 && layout.exact_blocks != 2 && layout.exact_blocks != 4) {
+    return invalid("exact_blocks is " + std::to_string(layout.exact_blocks) +
+                   ", must be 1, 2 or 4");
+  }
+  if (layout.exact_blocks == 4 && layout.sinks % 2 != 0) {
+    return invalid("sinks is " + std::to_string(layout.sinks) +
+                   ", must be even where exact_blocks is 4");
+  }
   if (layout.page_tokens < kTileTokens || layout.page_tokens % kTileTokens != 0) {
     return invalid("page_tokens is " + std::to_string(layout.page_tokens) +
                    ", must be a positive multiple of 32");
@@ -78,6 +86,10 @@ Status check_batch(const Layout& layout, const CacheView& cache, const Batch& ba
   OSCAR_TRY(check_present("cache.slot", cache.slot));
   OSCAR_TRY(check_present("cache.seq_len", cache.seq_len));
   OSCAR_TRY(check_present("cache.exact", cache.exact));
+  if (cache.exact_stride != 0 && cache.exact_stride < layout.exact_block_bytes()) {
+    return invalid("exact_stride is " + std::to_string(cache.exact_stride) +
+                   ", must be 0 or at least " + std::to_string(layout.exact_block_bytes()));
+  }
   OSCAR_TRY(check_range("query_start[0]", batch.query_start[0], 0, 0));
   for (int b = 0; b < batch.size; ++b) {
     OSCAR_TRY(check_range(item("query_start", b + 1), batch.query_start[b + 1],
@@ -85,13 +97,14 @@ Status check_batch(const Layout& layout, const CacheView& cache, const Batch& ba
     const std::int64_t new_tokens = batch.query_start[b + 1] - batch.query_start[b];
     OSCAR_TRY(check_range(item("seq_len", b), cache.seq_len[b], 0,
                           std::numeric_limits<std::int32_t>::max() - new_tokens));
-    OSCAR_TRY(check_range(item("slot", b), cache.slot[b], 0, cache.slots - 1));
+    for (int i = b * layout.exact_blocks; i < (b + 1) * layout.exact_blocks; ++i) {
+      OSCAR_TRY(check_range(item("slot", i), cache.slot[i], 0, cache.slots - 1));
+    }
     if (cache.exact_from == nullptr) continue;
     // The open tile must be exact: it has no packed copy.
     const std::int64_t open = cache.seq_len[b] / kTileTokens * kTileTokens;
     OSCAR_TRY(check_range(item("exact_from", b), cache.exact_from[b], 0, open));
   }
-  (void)layout;
   return check_range(item("query_start", batch.size), batch.query_start[batch.size], tokens,
                      tokens);
 }

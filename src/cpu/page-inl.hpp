@@ -53,9 +53,14 @@ struct Side {
 
 inline std::byte* exact_address(const Layout& layout, const CacheView& cache, int b, int side,
                                 int kv_head, std::int64_t row) {
-  const std::int64_t plane = static_cast<std::int64_t>(cache.slot[b]) * 2 + side;
-  const std::int64_t index = (plane * layout.kv_heads + kv_head) * layout.exact_rows() + row;
-  return static_cast<std::byte*>(cache.exact) +
+  const ExactPlace place = exact_place(layout, side, static_cast<std::int32_t>(row));
+  const std::int64_t slot =
+      cache.slot[static_cast<std::int64_t>(b) * layout.exact_blocks + place.block];
+  const std::int64_t stride =
+      cache.exact_stride == 0 ? layout.exact_block_bytes() : cache.exact_stride;
+  const std::int64_t head = std::int64_t{place.plane} * layout.kv_heads + kv_head;
+  const std::int64_t index = head * layout.exact_block_rows() + place.row;
+  return static_cast<std::byte*>(cache.exact) + slot * stride +
          index * layout.head_dim * bytes_of(layout.exact_dtype);
 }
 

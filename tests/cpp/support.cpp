@@ -118,18 +118,21 @@ CacheFixture::CacheFixture(const CacheSetup& given)
       layout(given.layout),
       num_pages(pages_for(given) * static_cast<std::int64_t>(given.capacity.size()) + kSpare),
       max_pages(pages_for(given)),
-      slots(static_cast<std::int64_t>(given.capacity.size()) + kSpare),
+      slots(static_cast<std::int64_t>(given.capacity.size()) * layout.exact_blocks + kSpare),
+      exact_stride(layout.exact_block_bytes() + setup.exact_gap),
       pages(static_cast<std::size_t>(num_pages * layout.page_bytes())),
-      exact(static_cast<std::size_t>(slots * 2 * layout.kv_heads * layout.exact_rows() *
-                                     layout.head_dim) *
-            size_of(layout.exact_dtype)),
+      exact(static_cast<std::size_t>(slots * exact_stride)),
       seq_len(given.capacity.size(), 0),
       exact_from(given.capacity.size(), 0) {
   std::mt19937 random(given.seed);
   block_table = shuffled(num_pages, random);
   block_table.resize(static_cast<std::size_t>(max_pages) * seq_len.size());
-  slot = shuffled(slots, random);
-  slot.resize(seq_len.size());
+  slot = shuffled(static_cast<std::int64_t>(given.capacity.size()) + kSpare, random);
+  if (layout.exact_blocks > 1) {
+    std::mt19937 other(given.seed);  // K and V stay those of one block
+    slot = shuffled(slots, other);
+  }
+  slot.resize(seq_len.size() * static_cast<std::size_t>(layout.exact_blocks));
   if (given.balance) {
     std::uniform_real_distribution<float> octaves(-2.0f, 2.0f);
     balance.resize(static_cast<std::size_t>(layout.kv_heads * layout.head_dim));
@@ -154,6 +157,7 @@ CacheView CacheFixture::view() {
           .max_pages = max_pages,
           .exact = exact.data(),
           .slots = slots,
+          .exact_stride = setup.exact_gap == 0 ? 0 : exact_stride,
           .slot = slot.data(),
           .seq_len = seq_len.data(),
           .exact_from = exact_from.data(),

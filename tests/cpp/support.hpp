@@ -71,6 +71,7 @@ struct CacheSetup {
   bool balance = false;
   bool feedback = false;
   int gap = 0;
+  int exact_gap = 0;  // bytes behind each slot of the exact memory
   std::uint32_t seed = 1;
 };
 
@@ -109,6 +110,7 @@ class CacheFixture {
   std::int64_t num_pages;
   std::int64_t max_pages;
   std::int64_t slots;
+  std::int64_t exact_stride;
   Memory pages;
   Memory exact;
   std::vector<std::int32_t> block_table;

@@ -45,11 +45,11 @@ struct Shape {
     const Layout& layout = setup.layout;
     s << name_of(layout.format) << " head_dim " << layout.head_dim << " heads " << q_heads << "/"
       << layout.kv_heads << " page " << layout.page_tokens << " window " << layout.window
-      << " sinks " << layout.sinks << " exact " << name_of(layout.exact_dtype) << " k "
-      << name_of(setup.dtype) << " q " << name_of(q_dtype) << " out " << name_of(out_dtype)
-      << " balance " << setup.balance << " softcap " << options.softcap << " sliding "
-      << options.sliding_window << " strict " << options.strict << " logits "
-      << !sink_logits.empty() << " spread " << spread;
+      << " sinks " << layout.sinks << " exact " << name_of(layout.exact_dtype) << " in "
+      << layout.exact_blocks << " blocks, k " << name_of(setup.dtype) << " q " << name_of(q_dtype)
+      << " out " << name_of(out_dtype) << " balance " << setup.balance << " softcap "
+      << options.softcap << " sliding " << options.sliding_window << " strict " << options.strict
+      << " logits " << !sink_logits.empty() << " spread " << spread;
     for (std::size_t b = 0; b < history.size(); ++b) {
       s << " [" << history[b] << "+" << counts[b] << " from " << lost[b] << "]";
     }
@@ -102,6 +102,8 @@ Shape random_shape(std::uint32_t seed) {
   shape.q_dtype = any_dtype(random);
   shape.out_dtype = any_dtype(random);
   shape.spread = pick(random, {0.1f, 1.0f, 1.0f, 4.0f});
+  layout.exact_blocks = layout.sinks % 2 == 0 ? pick(random, {1, 2, 4}) : pick(random, {1, 2});
+  shape.setup.exact_gap = pick(random, {0, 64});
   return shape;
 }
 

@@ -103,6 +103,13 @@ const Fault kCommonFaults[] = {
     {"window", [](Arguments& a) { a.layout.window = -1; }},
     {"sinks", [](Arguments& a) { a.layout.sinks = 33; }},
     {"sinks", [](Arguments& a) { a.layout.sinks = -1; }},
+    {"exact_blocks", [](Arguments& a) { a.layout.exact_blocks = 3; }},
+    {"exact_blocks",
+     [](Arguments& a) {
+       a.layout.exact_blocks = 4;
+       a.layout.sinks = 3;
+     }},
+    {"exact_stride", [](Arguments& a) { a.cache.exact_stride = 16; }},
     {"exact", [](Arguments& a) { a.cache.exact = nullptr; }},
     {"slot", [](Arguments& a) { a.cache.slot = nullptr; }},
     {"seq_len", [](Arguments& a) { a.cache.seq_len = nullptr; }},
