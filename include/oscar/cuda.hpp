@@ -4,7 +4,7 @@
 // append and attend on a CUDA device, in builds with OSCAR_CUDA. They mean what append.hpp and
 // attend.hpp say and produce the same bytes, with these differences:
 //   * Every array is in device memory: pages, exact, block_table, slot, seq_len, exact_from,
-//     balance, query_start, rows, sink_logits, lse, workspace.
+//     balance, feedback, query_start, rows, sink_logits, lse, workspace.
 //   * The call only launches kernels on `stream` (a cudaStream_t of the current device): no host
 //     synchronisation, no allocation. A CUDA graph may capture it and replay it with other contents
 //     of seq_len, block_table, query_start and the rows.

@@ -114,7 +114,7 @@ class PagedCache:
 
     @property
     def feedback(self) -> Tensor | None:
-        """Weights by which append carries rounding errors on (feedback.py); the CPU's alone."""
+        """Weights by which append carries rounding errors on (feedback.py)."""
         return self._feedback
 
     @feedback.setter

@@ -40,12 +40,10 @@ def feedback_factors(query_moment: Tensor, balance: Tensor) -> Tensor:
 
 
 def checked_feedback(value: Tensor, kv_heads: int, head_dim: int, device: torch.device) -> Tensor:
-    """`value` as append takes it; ValueError for a shape or value, NotImplementedError for CUDA."""
+    """`value` as append takes it on `device`; ValueError for a shape or a value."""
     wanted = (kv_heads, head_dim, head_dim)
     if tuple(value.shape) != wanted:
         raise ValueError(f"feedback has shape {list(value.shape)}, must be {list(wanted)}")
-    if device.type != "cpu":
-        raise NotImplementedError(f"feedback is not supported on {device}, only on cpu")
     value = value.detach().to(device=device, dtype=torch.float16).contiguous()
     if not bool(torch.isfinite(value).all()):
         raise ValueError("feedback has values that are not finite")

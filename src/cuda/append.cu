@@ -14,31 +14,56 @@
 namespace oscar::cuda {
 namespace {
 
-constexpr std::int64_t kMostRounds = 8;        // slots of a block, one after the other
+constexpr std::int64_t kMostRounds = 8;        // slots of a tile's two warps, one after the other
 constexpr std::int64_t kManyBlocks = 1 << 13;  // fewer blocks than that: one slot each
-constexpr std::int32_t kMostHeads = 65535;     // of a grid's second dimension
+constexpr std::int64_t kManyFed = 1056;     // tiles with feedback that an H200 works on at a time
+constexpr std::int32_t kMostHeads = 65535;  // of a grid's second dimension
 
-template <typename T, int kHeadDim, int kKeyBits, int kValueBits>
-void launch_warp(const CudaAppendCall& call, cudaStream_t stream) {
-  const auto slots = static_cast<int>(tile_slots(call.k.tokens, call.batch.size));
-  const std::int64_t blocks = static_cast<std::int64_t>(slots) * call.layout.kv_heads * 2;
-  const auto rounds =
-      static_cast<int>(std::clamp<std::int64_t>(blocks / kManyBlocks, 1, kMostRounds));
-  const dim3 grid((slots + rounds - 1) / rounds, call.layout.kv_heads, 2);
-  const auto kernel = append_warp_kernel<T, kHeadDim, kKeyBits, kValueBits>;
+// Shared memory that a block may have on the current device.
+int most_shared_bytes() {
+  int device = 0;
+  int bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  (void)cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// False where the device has too little shared memory.
+template <typename T, int kHeadDim, int kKeyBits, int kValueBits, bool kFed>
+bool launch_warp(const CudaAppendCall& call, cudaStream_t stream) {
+  constexpr auto kShared = static_cast<int>(sizeof(AppendSharedOf<T, kHeadDim, kFed>));
+  const auto kernel = append_warp_kernel<T, kHeadDim, kKeyBits, kValueBits, kFed>;
+  if constexpr (kFed) {
+    if (kShared > most_shared_bytes()) return false;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  }
   // As many blocks an SM as the registers allow need most of the shared memory (a hint).
   static const cudaError_t hinted =
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
   (void)hinted;
-  kernel<<<grid, kTileThreads, 0, stream>>>(call, slots, rounds);
+  const auto slots = static_cast<int>(tile_slots(call.k.tokens, call.batch.size));
+  const std::int64_t tiles = static_cast<std::int64_t>(slots) * call.layout.kv_heads;
+  const std::int64_t waves = kFed ? (tiles + kManyFed - 1) / kManyFed : 2 * tiles / kManyBlocks;
+  const auto rounds = static_cast<int>(std::clamp<std::int64_t>(waves, 1, kMostRounds));
+  const int block_slots = rounds * kAppendTiles<kFed>;
+  const dim3 grid((slots + block_slots - 1) / block_slots, call.layout.kv_heads, 2);
+  kernel<<<grid, kTileThreads * kAppendTiles<kFed>, kShared, stream>>>(call, slots, rounds);
+  return true;
+}
+
+template <typename T, int kHeadDim, int kKeyBits, int kValueBits>
+bool launch_warp(const CudaAppendCall& call, cudaStream_t stream) {
+  return call.cache.feedback == nullptr
+             ? launch_warp<T, kHeadDim, kKeyBits, kValueBits, false>(call, stream)
+             : launch_warp<T, kHeadDim, kKeyBits, kValueBits, true>(call, stream);
 }
 
 template <typename T, int kHeadDim>
-void launch_warp(const CudaAppendCall& call, cudaStream_t stream) {
+bool launch_warp(const CudaAppendCall& call, cudaStream_t stream) {
   const Format format = call.layout.format;
   if (format == kK2V2) return launch_warp<T, kHeadDim, 2, 2>(call, stream);
   if (format == kK4V2) return launch_warp<T, kHeadDim, 4, 2>(call, stream);
-  launch_warp<T, kHeadDim, 4, 4>(call, stream);
+  return launch_warp<T, kHeadDim, 4, 4>(call, stream);
 }
 
 // False where there is no such kernel for the head_dim.
@@ -46,14 +71,11 @@ template <typename T>
 bool launch_warp(const CudaAppendCall& call, cudaStream_t stream) {
   switch (call.layout.head_dim) {
     case 64:
-      launch_warp<T, 64>(call, stream);
-      return true;
+      return launch_warp<T, 64>(call, stream);
     case 128:
-      launch_warp<T, 128>(call, stream);
-      return true;
+      return launch_warp<T, 128>(call, stream);
     case 256:
-      launch_warp<T, 256>(call, stream);
-      return true;
+      return launch_warp<T, 256>(call, stream);
     default:
       return false;
   }
@@ -71,9 +93,6 @@ Status check(const CudaAppendCall& call) {
   if (call.layout.kv_heads > kMostHeads) {
     return {StatusCode::kUnsupported, "kv_heads is " + std::to_string(call.layout.kv_heads) +
                                           ", must be at most 65535 on a CUDA device"};
-  }
-  if (call.cache.feedback != nullptr) {
-    return {StatusCode::kUnsupported, "feedback is not supported on a CUDA device, must be null"};
   }
   OSCAR_TRY(check_device_rows("k", call.k, call.k.tokens, call.layout.kv_heads));
   OSCAR_TRY(check_device_rows("v", call.v, call.k.tokens, call.layout.kv_heads));

@@ -15,16 +15,18 @@ namespace oscar::cuda {
 inline constexpr int kPlainThreads = 128;
 inline constexpr int kPlainParts = kPlainThreads / kTileTokens;  // threads that share a token
 
-// Shared memory: rows [32][head_dim + 1], then a Grid a channel or token, then a float a warp.
+// Shared memory: rows [32][head_dim + 1], then a Grid a channel or token, a K scale a channel, and
+// a float a warp.
 struct PlainTile {
   float* rows;
   Grid* grids;
+  float* scales;
   float* reduced;
   int head_dim;
   [[nodiscard]] __device__ float* row(int token) const { return rows + token * (head_dim + 1); }
 };
 __host__ __device__ constexpr int plain_shared_bytes(int head_dim) {
-  return (kTileTokens * (head_dim + 1) + 2 * kMaxHeadDim + 2 * kPlainThreads / kWarp) * 4;
+  return (kTileTokens * (head_dim + 1) + 3 * kMaxHeadDim + kPlainThreads / kWarp) * 4;
 }
 
 // 32 rows as the exact memory holds or will hold them, times their channel's factor.
@@ -113,9 +115,30 @@ __device__ inline float block_max(float value, const PlainTile& tile) {
   return value;
 }
 
+// Rows become what is rounded: each channel's error is added to those behind it. Four threads a
+// token; weights [head_dim][head_dim] fp16.
 template <int kBits>
-__device__ inline void plain_keys(const TileLayout& layout, const PlainTile& tile,
-                                  std::uint8_t* out) {
+__device__ inline void plain_feedback(const std::uint16_t* weights, const PlainTile& tile) {
+  float* row = tile.row(static_cast<int>(threadIdx.x) / kPlainParts);
+  const int part = static_cast<int>(threadIdx.x) % kPlainParts;
+  for (int c = 0; c < tile.head_dim; ++c) {
+    const Grid stepped{tile.grids[c].mid, tile.grids[c].inverse * kCodeStep<kBits>};
+    std::uint32_t code = 0;
+    const float error =
+        negative_error<kBits>(row[c], stepped, tile.scales[c] / kCodeStep<kBits>, &code);
+    for (int later = c + 1 + part; later < tile.head_dim; later += kPlainParts) {
+      const __half weight = __ushort_as_half(weights[c * tile.head_dim + later]);
+      row[later] = __fmaf_rn(error, __half2float(weight), row[later]);
+    }
+    __syncwarp();
+  }
+  __syncthreads();
+}
+
+// feedback: weights of this KV head, or null.
+template <int kBits>
+__device__ inline void plain_keys(const TileLayout& layout, const std::uint16_t* feedback,
+                                  const PlainTile& tile, std::uint8_t* out) {
   plain_norms(tile, out + layout.k_norms_offset());
   float max_scale = 0.0f;
   float max_mid = 0.0f;
@@ -126,7 +149,7 @@ __device__ inline void plain_keys(const TileLayout& layout, const PlainTile& til
       low = fminf(low, tile.row(token)[c]);
       high = fmaxf(high, tile.row(token)[c]);
     }
-    tile.grids[c] = {middle(low, high), key_scale<kBits>(low, high)};
+    tile.grids[c] = {middle(low, high), key_scale<kBits>(low, high, feedback != nullptr)};
     max_scale = fmaxf(max_scale, tile.grids[c].inverse);
     max_mid = fmaxf(max_mid, fabsf(tile.grids[c].mid));
   }
@@ -136,8 +159,8 @@ __device__ inline void plain_keys(const TileLayout& layout, const PlainTile& til
   const Unit mid_unit = unit_of(top_mid, kMaxMidIndex);
   for (int c = static_cast<int>(threadIdx.x); c < tile.head_dim; c += kPlainThreads) {
     Grid& grid = tile.grids[c];  // so far: the wanted mid and scale
-    out[layout.k_params_offset() + c] =
-        static_cast<std::uint8_t>(key_params(grid.inverse, grid.mid, scale_unit, mid_unit, &grid));
+    out[layout.k_params_offset() + c] = static_cast<std::uint8_t>(
+        key_params(grid.inverse, grid.mid, scale_unit, mid_unit, &grid, &tile.scales[c]));
   }
   if (threadIdx.x == 0) {
     *reinterpret_cast<__half2*>(out + layout.k_units_offset()) = __halves2half2(top_scale, top_mid);
@@ -147,6 +170,7 @@ __device__ inline void plain_keys(const TileLayout& layout, const PlainTile& til
     out[i] = 0;
   }
   __syncthreads();
+  if (feedback != nullptr) plain_feedback<kBits>(feedback, tile);
 
   constexpr int kPerWord = 32 / kBits;
   const int words = tile.head_dim / kPerWord * kTileTokens;
@@ -209,9 +233,9 @@ __global__ void __launch_bounds__(kPlainThreads)
   extern __shared__ float shared[];
   const Layout& layout = call.layout;
   const TileLayout tile_layout = layout.tile();
-  const PlainTile tile{
-      shared, reinterpret_cast<Grid*>(shared + kTileTokens * (layout.head_dim + 1)),
-      shared + kTileTokens * (layout.head_dim + 1) + 2 * kMaxHeadDim, layout.head_dim};
+  float* const behind = shared + kTileTokens * (layout.head_dim + 1);
+  const PlainTile tile{shared, reinterpret_cast<Grid*>(behind), behind + 2 * kMaxHeadDim,
+                       behind + 3 * kMaxHeadDim, layout.head_dim};
   const int head = static_cast<int>(blockIdx.y);
   const auto side = static_cast<Side>(blockIdx.z);
   int first_slot = 0;
@@ -227,7 +251,9 @@ __global__ void __launch_bounds__(kPlainThreads)
       plain_hadamard(tile);
       const bool two_bits = (side == Side::kKey ? layout.format.k_bits : layout.format.v_bits) == 2;
       if (side == Side::kKey) {
-        two_bits ? plain_keys<2>(tile_layout, tile, out) : plain_keys<4>(tile_layout, tile, out);
+        const std::uint16_t* feedback = head_feedback(layout, call.cache, head);
+        two_bits ? plain_keys<2>(tile_layout, feedback, tile, out)
+                 : plain_keys<4>(tile_layout, feedback, tile, out);
       } else {
         two_bits ? plain_values<2>(tile_layout, tile, out)
                  : plain_values<4>(tile_layout, tile, out);

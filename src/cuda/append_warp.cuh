@@ -2,302 +2,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // append for head_dim 64, 128 and 256 and 16-bit rows of the exact memory's dtype: two warps a tile
-// and side, 16 tokens each, in registers from the row to the code (rotate.cuh, pack.cuh have the
-// order of the values).
+// and side. With error feedback the tiles of a block share its weights.
 #pragma once
 
-#include <type_traits>
-
-#include "cuda/pack.cuh"
-#include "cuda/page.cuh"
-#include "cuda/quantize.cuh"
-#include "cuda/rotate.cuh"
-#include "cuda/scale.cuh"
+#include "cuda/append_tile.cuh"
 
 namespace oscar::cuda {
 
-inline constexpr int kTileThreads = 2 * kWarp;
-
-// One tile of a block.
-struct TileTask {
-  AppendSpan span;
-  int head;
-  int index;
-  std::uint8_t* out;
-};
-
-// What the two warps of a K tile exchange. Pair p = 8 line + g: channels c = g % 4 + 8 (g / 4) + 16
-// line and c + 4 (rotate.cuh's x). The rows are padded against bank conflicts.
-template <int kHeadDim>
-struct KeyExchange {
-  static constexpr int kLines = kHeadDim / 16;
-  static constexpr int kPairs = kHeadDim / 2;
-  float4 extremes[8][kPairs + 2];  // low, high, low, high over a lane's four tokens, by quad
-  float4 grids[8][kLines + 1];     // [g][line]: the two channels' Grids, as pack_keys wants them
-  float2 largest[2];               // scale and |mid| of a warp's channels
-};
-
-template <typename T>
-inline constexpr std::uint32_t kLimitBits = std::is_same_v<T, __half> ? 0x7bffu : 0x477fu;
-template <typename T>
-inline constexpr std::uint32_t kInfinityBits = std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
-
-template <typename T>
-__device__ inline std::uint32_t max_magnitude(std::uint32_t a, std::uint32_t b) {
-  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  const Pair larger =
-      __hmax2_nan(*reinterpret_cast<const Pair*>(&a), __habs2(*reinterpret_cast<const Pair*>(&b)));
-  return *reinterpret_cast<const std::uint32_t*>(&larger);
-}
-
-// Two 16-bit numbers: NaN to 0, others to at most the limit with their sign.
-template <typename T>
-__device__ inline std::uint32_t accepted_pair(std::uint32_t pair) {
-  std::uint32_t result = 0;
-#pragma unroll
-  for (int shift = 0; shift < 32; shift += 16) {
-    const std::uint32_t x = pair >> shift & 0xffffu;
-    const std::uint32_t bounded = (x & 0x8000u) | min(x & 0x7fffu, kLimitBits<T>);
-    result |= ((x & 0x7fffu) > kInfinityBits<T> ? 0u : bounded) << shift;
-  }
-  return result;
-}
-
-// This lane's pieces of the rows of two tokens.
-template <Side kSide, typename T, int kHeadDim>
-__device__ inline void load_rows(const CudaAppendCall& call, const TileTask& task, TileLane place,
-                                 uint4 (&raw)[2][kHeadDim / 32]) {
-  const ConstRows& rows = kSide == Side::kKey ? call.k : call.v;
-  const int first = task.index * kTileTokens;
-  const int row = task.span.first_row + first - task.span.cached;
-  const T* base = static_cast<const T*>(rows.data) + task.head * rows.head_stride;
-#pragma unroll
-  for (int t = 0; t < 2; ++t) {
-    const int token = place.loaded_token(t);
-    const void* from = base + (row + token) * rows.token_stride;
-    if (first < task.span.cached) {
-      from = token_row(call, task.span, kSide, task.head, first + token).data;
-    }
-    const auto* pieces = static_cast<const uint4*>(from) + place.q();
-#pragma unroll
-    for (int r = 0; r < kHeadDim / 32; ++r) raw[t][r] = pieces[4 * r];
-  }
-  std::uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kHeadDim / 16; ++i) {
-    const uint4& w = raw[i % 2][i / 2];
-    largest = max_magnitude<T>(largest, w.x);
-    largest = max_magnitude<T>(largest, w.y);
-    largest = max_magnitude<T>(largest, w.z);
-    largest = max_magnitude<T>(largest, w.w);
-  }
-  if (max(largest & 0xffffu, largest >> 16) <= kLimitBits<T>) return;
-#pragma unroll
-  for (int t = 0; t < 2; ++t) {
-    const int token = place.loaded_token(t);
-    if (first + token < task.span.cached) continue;  // the ring has been through here before
-    std::uint32_t changed = 0;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 8; ++i) {
-      std::uint32_t& word = (&raw[t][i / 4].x)[i % 4];
-      const std::uint32_t old = word;
-      word = accepted_pair<T>(old);
-      changed |= old ^ word;
-    }
-    if (changed != 0) report_fault(call.fault, kSide, task.head, row + token);
-  }
-}
-
-// values[g % 4] of this lane: lanes g look after one of their quad's four tokens each.
-__device__ inline float own_of(const float (&values)[4], int lane) {
-  const float low = (lane & 4) != 0 ? values[1] : values[0];
-  const float high = (lane & 4) != 0 ? values[3] : values[2];
-  return (lane & 8) != 0 ? high : low;
-}
-// The value of the lane that looks after token b.
-__device__ inline float of_token(float value, int lane, int b) {
-  return __shfl_sync(kAllLanes, value, 4 * b + lane % 4);
-}
-
-// Norm bytes; y becomes z. The sum of squares in the lanes' order of the format: channels l, l +
-// 16,
-// ... then l + 8 (g / 4), l + 4 (x), l + 2 and l + 1 (g).
-template <int kHeadDim>
-__device__ inline void scale_keys(Rotated<kHeadDim>& y, TileLane place, std::uint8_t* norms) {
-  float sums[4];
-#pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    float part[2] = {};
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-#pragma unroll
-      for (int line = 0; line < kHeadDim / 16; ++line) {
-        const float value = at<kHeadDim>(y, x, line % 2, line / 2, b);
-        part[x] = line == 0 ? value * value : part[x] + value * value;
-      }
-      part[x] += __shfl_xor_sync(kAllLanes, part[x], 16);
-    }
-    float sum = part[0] + part[1];
-    sum += __shfl_xor_sync(kAllLanes, sum, 8);
-    sums[b] = sum + __shfl_xor_sync(kAllLanes, sum, 4);
-  }
-  // head_dim is a power of two here: the product is the quotient.
-  const int index = norm_index(own_of(sums, place.lane) * (1.0f / static_cast<float>(kHeadDim)));
-  if (place.g() < 4) norms[4 * place.quad() + place.g()] = static_cast<std::uint8_t>(index);
-  const float mine = inverse_scale_of(index, kNormOffset);
-#pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    const float inverse = of_token(mine, place.lane, b);
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 8; ++i) at<kHeadDim>(y, i % 2, i / 2 % 2, i / 4, b) *= inverse;
-  }
-}
-
-// Extremes of this lane's channels over its four tokens, for the tile's other lanes to see.
-template <int kHeadDim>
-__device__ inline void publish_extremes(const Rotated<kHeadDim>& z, TileLane place,
-                                        KeyExchange<kHeadDim>& exchange) {
-#pragma unroll
-  for (int line = 0; line < kHeadDim / 16; ++line) {
-    float low[2];
-    float high[2];
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-      const auto of = [&](int b) { return at<kHeadDim>(z, x, line % 2, line / 2, b); };
-      low[x] = fminf(fminf(of(0), of(1)), fminf(of(2), of(3)));
-      high[x] = fmaxf(fmaxf(of(0), of(1)), fmaxf(of(2), of(3)));
-    }
-    exchange.extremes[place.quad()][8 * line + place.g()] =
-        make_float4(low[0], high[0], low[1], high[1]);
-  }
-}
-
-// Scale and mid of every channel of the tile: thread t takes pair t (and t + 64, ...).
-template <int kHeadDim, int kBits>
-__device__ inline void key_grids(TileLane place, KeyExchange<kHeadDim>& exchange,
-                                 const TileLayout& layout, std::uint8_t* out) {
-  constexpr int kPairs = KeyExchange<kHeadDim>::kPairs;
-  constexpr int kOwn = (kPairs + kTileThreads - 1) / kTileThreads;
-  const int thread = place.warp * kWarp + place.lane;
-  float scales[kOwn][2] = {};
-  float mids[kOwn][2] = {};
-  float2 largest = make_float2(0.0f, 0.0f);
-#pragma unroll
-  for (int k = 0; k < kOwn; ++k) {
-    const int pair = thread + k * kTileThreads;
-    if (pair >= kPairs) break;
-    float4 all = exchange.extremes[0][pair];
-#pragma unroll
-    for (int i = 1; i < 8; ++i) {
-      const float4 next = exchange.extremes[i][pair];
-      all = make_float4(fminf(all.x, next.x), fmaxf(all.y, next.y), fminf(all.z, next.z),
-                        fmaxf(all.w, next.w));
-    }
-    scales[k][0] = key_scale<kBits>(all.x, all.y);
-    scales[k][1] = key_scale<kBits>(all.z, all.w);
-    mids[k][0] = middle(all.x, all.y);
-    mids[k][1] = middle(all.z, all.w);
-    largest.x = fmaxf(largest.x, fmaxf(scales[k][0], scales[k][1]));
-    largest.y = fmaxf(largest.y, fmaxf(fabsf(mids[k][0]), fabsf(mids[k][1])));
-  }
-  // Neither is negative: their bits are in the order of the numbers.
-  largest.x = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(largest.x)));
-  largest.y = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(largest.y)));
-  if (place.lane == 0) exchange.largest[place.warp] = largest;
-  __syncthreads();
-  const float2 other = exchange.largest[1 - place.warp];
-  const __half top_scale = __float2half_rn(fmaxf(largest.x, other.x));
-  const __half top_mid = __float2half_rn(fmaxf(largest.y, other.y));
-  const Unit scale_unit = unit_of(top_scale, kMaxScaleIndex);
-  const Unit mid_unit = unit_of(top_mid, kMaxMidIndex);
-#pragma unroll
-  for (int k = 0; k < kOwn; ++k) {
-    const int pair = thread + k * kTileThreads;
-    if (pair >= kPairs) break;
-    const int g = pair % 8;
-    const int line = pair / 8;
-    Grid grids[2];
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-      out[layout.k_params_offset() + 16 * line + g % 4 + 4 * x + g / 4 * 8] =
-          static_cast<std::uint8_t>(
-              key_params(scales[k][x], mids[k][x], scale_unit, mid_unit, &grids[x]));
-    }
-    exchange.grids[g][line] = make_float4(grids[0].mid, grids[0].inverse * kCodeStep<kBits>,
-                                          grids[1].mid, grids[1].inverse * kCodeStep<kBits>);
-  }
-  // The units, and zeros up to the tile's end.
-  if (thread < (layout.tile_bytes() - layout.k_units_offset()) / 4) {
-    const __half2 units = __halves2half2(top_scale, top_mid);
-    reinterpret_cast<std::uint32_t*>(out + layout.k_units_offset())[thread] =
-        thread == 0 ? *reinterpret_cast<const std::uint32_t*>(&units) : 0u;
-  }
-}
-
-template <int kHeadDim, int kBits>
-__device__ inline void key_tile(Rotated<kHeadDim>& y, TileLane place, const TileLayout& layout,
-                                KeyExchange<kHeadDim>& exchange, std::uint8_t* out) {
-  scale_keys<kHeadDim>(y, place, out + layout.k_norms_offset());
-  publish_extremes<kHeadDim>(y, place, exchange);
-  __syncthreads();
-  key_grids<kHeadDim, kBits>(place, exchange, layout, out);
-  __syncthreads();
-  Grid grids[kHeadDim / 16][2];
-#pragma unroll
-  for (int line = 0; line < kHeadDim / 16; ++line) {
-    const float4 both = exchange.grids[place.g()][line];
-    grids[line][0] = {both.x, both.y};
-    grids[line][1] = {both.z, both.w};
-  }
-  if constexpr (kBits == 2) {
-    pack_keys_2<kHeadDim>(y, place, grids, out + layout.k_codes_offset());
-  } else {
-    pack_keys_4<kHeadDim>(y, place, grids, out + layout.k_codes_offset());
-  }
-}
-
-template <int kHeadDim, int kBits>
-__device__ inline void value_tile(const Rotated<kHeadDim>& y, TileLane place,
-                                  const TileLayout& layout, std::uint8_t* out) {
-  float lows[4];
-  float highs[4];
-#pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    lows[b] = highs[b] = at<kHeadDim>(y, 0, 0, 0, b);
-#pragma unroll
-    for (int i = 1; i < kHeadDim / 8; ++i) {
-      const float value = at<kHeadDim>(y, i % 2, i / 2 % 2, i / 4, b);
-      lows[b] = fminf(lows[b], value);
-      highs[b] = fmaxf(highs[b], value);
-    }
-#pragma unroll
-    for (int distance = 4; distance < kWarp; distance *= 2) {
-      lows[b] = fminf(lows[b], __shfl_xor_sync(kAllLanes, lows[b], distance));
-      highs[b] = fmaxf(highs[b], __shfl_xor_sync(kAllLanes, highs[b], distance));
-    }
-  }
-  Grid mine;
-  const ValueParams params =
-      value_params<kBits>(own_of(lows, place.lane), own_of(highs, place.lane), &mine);
-  if (place.g() < 4) {
-    const int position = 4 * place.quad() + place.g();
-    out[layout.v_scales_offset() + position] = static_cast<std::uint8_t>(params.scale);
-    out[layout.v_mids_offset() + position] = static_cast<std::uint8_t>(params.mid);
-  }
-  mine.inverse *= kCodeStep<kBits>;
-  Grid grids[4];
-#pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    grids[b] = {of_token(mine.mid, place.lane, b), of_token(mine.inverse, place.lane, b)};
-  }
-  pack_values<kHeadDim, kBits>(y, place, grids, out + layout.v_codes_offset());
-}
-
 // Asks for the rows of the tile after this one: one line a thread, or two.
 template <Side kSide, typename T, int kHeadDim>
-__device__ inline void prefetch_next(const CudaAppendCall& call, const TileTask& task) {
+__device__ inline void prefetch_next(const CudaAppendCall& call, const TileTask& task,
+                                     TileLane place) {
   const ConstRows& rows = kSide == Side::kKey ? call.k : call.v;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = place.thread();
   const int token = (task.index + 1) * kTileTokens + thread / 2;
   if (token >= task.span.end) return;
   const T* row = static_cast<const T*>(rows.data) + task.head * rows.head_stride +
@@ -309,81 +26,138 @@ __device__ inline void prefetch_next(const CudaAppendCall& call, const TileTask&
   }
 }
 
-template <Side kSide, typename T, int kHeadDim, int kBits, int kSplits>
+// What the tiles of a block use together.
+template <int kHeadDim, int kSplits, int kTiles, bool kFed>
+struct AppendShared {
+  alignas(16) std::uint32_t factors[kSplits * kHeadDim / 2];
+  alignas(16) KeyExchange<kHeadDim> exchange[kTiles];
+};
+template <int kHeadDim, int kSplits, int kTiles>
+struct AppendShared<kHeadDim, kSplits, kTiles, true>
+    : AppendShared<kHeadDim, kSplits, kTiles, false> {
+  alignas(16) FeedbackWeights<kHeadDim> weights;
+};
+
+template <Side kSide, typename T, int kHeadDim, int kBits, bool kFed, class Shared>
 __device__ inline void pack_tile(const CudaAppendCall& call, const TileTask& task, TileLane place,
-                                 const std::uint32_t* factors, KeyExchange<kHeadDim>& exchange) {
-  constexpr bool kPairs = kSide == Side::kValue && kValuePairs<kHeadDim, kBits>;
+                                 Shared& shared) {
+  constexpr bool kKey = kSide == Side::kKey;
+  constexpr bool kPairs = !kKey && kValuePairs<kHeadDim, kBits>;
+  // Without a balance only the first part of a factor is not 0: the sums are the same.
+  constexpr int kSplits = kKey ? kBalanceSplits<T> : 1;
   const TileLayout layout{kHeadDim, call.layout.format};
   uint4 raw[2][kHeadDim / 32];
   load_rows<kSide, T, kHeadDim>(call, task, place, raw);
-  prefetch_next<kSide, T, kHeadDim>(call, task);
+  prefetch_next<kSide, T, kHeadDim>(call, task, place);
   Rotated<kHeadDim> y;
-  rotate_rows<kPairs, T, kHeadDim, kSplits>(raw, factors, place.lane, y);
+  rotate_rows<kPairs, T, kHeadDim, kSplits>(raw, shared.factors, place.lane, y);
   constexpr float kNorm = hadamard_norm(kHeadDim) / kFactorScale<T, kHeadDim>;
   if constexpr (kNorm != 1.0f) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) y[i / 8][i / 4 % 2][i % 4] *= kNorm;
   }
-  if constexpr (kSide == Side::kKey) {
-    key_tile<kHeadDim, kBits>(y, place, layout, exchange, task.out);
-  } else {
+  if constexpr (!kKey) {
     value_tile<kHeadDim, kBits>(y, place, layout, task.out);
-  }
-}
-
-// `rounds` slots, one after the other.
-template <Side kSide, typename T, int kHeadDim, int kBits, int kSplits>
-__device__ inline void append_slots(const CudaAppendCall& call, int slots, int rounds,
-                                    std::uint32_t* factors, KeyExchange<kHeadDim>& exchange) {
-  const TileLane place{static_cast<int>(threadIdx.x) % kWarp,
-                       static_cast<int>(threadIdx.x) / kWarp};
-  const int head = static_cast<int>(blockIdx.y);
-  int slot = static_cast<int>(blockIdx.x) * rounds;
-  const int stop = min(slot + rounds, slots);
-  bool ready = false;  // a decode step seldom completes a tile: factors are made when they are used
-  while (slot < stop) {
-    int first_slot = 0;
-    int next_slot = 0;
-    const int b = sequence_of_slot(call.batch, slot, &first_slot, &next_slot);
-    TileTask task{append_span(call, b), head, 0, nullptr};
-    const int nth = slot - first_slot;
-    const int tiles = call.part == AppendPart::kRemember ? 0 : task.span.tiles();
-    for (int i = nth; i < min(stop - first_slot, tiles); ++i) {
-      task.index = task.span.first_tile() + i;
-      task.out = tile_address(call.layout, call.cache, b, head, task.index);
-      if (task.out == nullptr) continue;
-      if (!ready) {
-        const bool balanced = kSide == Side::kKey && call.cache.balance != nullptr;
-        make_factors<T, kHeadDim, kSplits>(
-            balanced ? call.cache.balance + head * kHeadDim : nullptr, factors);
-        __syncthreads();
-        ready = true;
-      }
-      pack_tile<kSide, T, kHeadDim, kBits, kSplits>(call, task, place, factors, exchange);
-    }
-    if (nth == 0 && call.part != AppendPart::kPack) {
-      __syncthreads();  // the only tile that reads the ring is this block's: it has been read
-      remember(call, task.span, kSide, head, static_cast<int>(threadIdx.x), kTileThreads);
-    }
-    slot = max(next_slot, slot + 1);
-  }
-}
-
-// Grid (slots / rounds, kv_heads, 2 sides).
-template <typename T, int kHeadDim, int kKeyBits, int kValueBits>
-__global__ void __launch_bounds__(kTileThreads, kHeadDim == 64    ? 14
-                                                : kHeadDim == 128 ? 10
-                                                                  : 6)
-    append_warp_kernel(const __grid_constant__ CudaAppendCall call, int slots, int rounds) {
-  // Without a balance only the first part of a factor is not 0: the sums are the same.
-  constexpr int kSplits = kBalanceSplits<T>;
-  __shared__ alignas(16) std::uint32_t factors[kSplits * kHeadDim / 2];
-  __shared__ alignas(16) KeyExchange<kHeadDim> exchange;
-  if (blockIdx.z == 0) {
-    append_slots<Side::kKey, T, kHeadDim, kKeyBits, kSplits>(call, slots, rounds, factors,
-                                                             exchange);
+  } else if constexpr (kFed) {
+    key_tile<kHeadDim, kBits, true>(y, place, layout, &shared.weights, shared.exchange[place.tile],
+                                    task.out);
   } else {
-    append_slots<Side::kValue, T, kHeadDim, kValueBits, 1>(call, slots, rounds, factors, exchange);
+    key_tile<kHeadDim, kBits, false>(y, place, layout, nullptr, shared.exchange[place.tile],
+                                     task.out);
+  }
+}
+
+// The slots from `slot` on that belong to one sequence.
+struct SlotRun {
+  AppendSpan span;
+  int nth;    // of the sequence's slots
+  int tiles;  // that the call completes
+  int next;   // slot of the next sequence
+};
+__device__ inline SlotRun slot_run(const CudaAppendCall& call, int slot) {
+  int first = 0;
+  int next = 0;
+  const int b = sequence_of_slot(call.batch, slot, &first, &next);
+  const AppendSpan span = append_span(call, b);
+  const int tiles = call.part == AppendPart::kRemember ? 0 : span.tiles();
+  return {span, slot - first, tiles, max(next, slot + 1)};
+}
+
+__device__ inline bool completes_a_tile(const CudaAppendCall& call, int slot, int stop) {
+  while (slot < stop) {
+    const SlotRun run = slot_run(call, slot);
+    if (run.nth < run.tiles) return true;
+    slot = run.next;
+  }
+  return false;
+}
+
+// Slots slot .. stop - 1, one after the other.
+template <Side kSide, typename T, int kHeadDim, int kBits, bool kFed, class Shared>
+__device__ inline void append_slots(const CudaAppendCall& call, int slot, int stop, TileLane place,
+                                    Shared& shared) {
+  constexpr bool kKey = kSide == Side::kKey;
+  const int head = static_cast<int>(blockIdx.y);
+  const auto prepare = [&] {
+    const bool balanced = kKey && call.cache.balance != nullptr;
+    make_factors<T, kHeadDim, kKey ? kBalanceSplits<T> : 1>(
+        balanced ? call.cache.balance + head * kHeadDim : nullptr, shared.factors);
+    if constexpr (kFed && kKey) {
+      load_weights<kHeadDim>(head_feedback(call.layout, call.cache, head), shared.weights);
+    }
+    __syncthreads();
+  };
+  // A decode step seldom completes a tile: factors are made when they are used.
+  bool ready = false;
+  if constexpr (kFed) {
+    if (__syncthreads_or(completes_a_tile(call, slot, stop) ? 1 : 0) != 0) prepare();
+    ready = true;
+  }
+  while (slot < stop) {
+    const SlotRun run = slot_run(call, slot);
+    TileTask task{run.span, head, 0, nullptr};
+    for (int i = run.nth; i < min(run.nth + stop - slot, run.tiles); ++i) {
+      task.index = task.span.first_tile() + i;
+      task.out = tile_address(call.layout, call.cache, run.span.b, head, task.index);
+      if (task.out == nullptr) continue;
+      if (!ready) prepare();
+      ready = true;
+      pack_tile<kSide, T, kHeadDim, kBits, kFed>(call, task, place, shared);
+    }
+    if (run.nth == 0 && call.part != AppendPart::kPack) {
+      place.sync();  // the only tile that reads the ring is this one: it has been read
+      remember(call, task.span, kSide, head, place.thread(), kTileThreads);
+    }
+    slot = run.next;
+  }
+}
+
+// Blocks an SM that registers must allow.
+template <int kHeadDim, bool kFed>
+inline constexpr int kAppendBlocks = kFed              ? (kHeadDim == 256 ? 1 : 2)
+                                     : kHeadDim == 64  ? 14
+                                     : kHeadDim == 128 ? 10
+                                                       : 6;
+template <bool kFed>
+inline constexpr int kAppendTiles = kFed ? 4 : 1;  // of a block, side by side
+
+template <typename T, int kHeadDim, bool kFed>
+using AppendSharedOf = AppendShared<kHeadDim, kBalanceSplits<T>, kAppendTiles<kFed>, kFed>;
+
+// Grid (slots / rounds / tiles side by side, kv_heads, 2 sides). Shared memory: AppendSharedOf.
+template <typename T, int kHeadDim, int kKeyBits, int kValueBits, bool kFed>
+__global__ void __launch_bounds__(kTileThreads* kAppendTiles<kFed>, kAppendBlocks<kHeadDim, kFed>)
+    append_warp_kernel(const __grid_constant__ CudaAppendCall call, int slots, int rounds) {
+  extern __shared__ float4 append_shared[];
+  auto& shared = *reinterpret_cast<AppendSharedOf<T, kHeadDim, kFed>*>(append_shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  const TileLane place{thread % kWarp, thread / kWarp % 2, kFed ? thread / kTileThreads : 0};
+  const int slot = (static_cast<int>(blockIdx.x) * kAppendTiles<kFed> + place.tile) * rounds;
+  const int stop = min(slot + rounds, slots);
+  if (blockIdx.z == 0) {
+    append_slots<Side::kKey, T, kHeadDim, kKeyBits, kFed>(call, slot, stop, place, shared);
+  } else {
+    append_slots<Side::kValue, T, kHeadDim, kValueBits, kFed>(call, slot, stop, place, shared);
   }
 }
 

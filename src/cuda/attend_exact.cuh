@@ -24,8 +24,8 @@ struct ExactTile {
   int tokens[kTileTokens];  // -1: none, and the rows of some other token
   DType key_types[kTileTokens];
   DType value_types[kTileTokens];
-  int4 bounds[S::kColumns];  // of a column: first token, last token, end of the packed ones
-  float weights[S::kColumns][kTileTokens + 4];
+  int4 bounds[8 * S::kBlocks];  // of a column: first token, last token, end of the packed ones
+  float weights[8 * S::kBlocks][kTileTokens + 4];
 };
 
 // What the query of each column reads exactly: tokens x to y, but from z on where it is no sink.
@@ -33,7 +33,7 @@ template <class S>
 __device__ inline void set_exact_bounds(const CudaAttendCall& call, const DecodePlan& plan,
                                         const DecodeItem& item, const Lane& lane,
                                         ExactTile<S>& tile) {
-  if (lane.index >= S::kColumns) return;
+  if (lane.index >= 8 * S::kBlocks) return;
   const DecodeColumn at = column_of(plan, item, lane.index);
   const int position = item.sequence.cached + at.query;
   tile.bounds[lane.index] =
@@ -58,9 +58,58 @@ struct ExactSums {
   }
 };
 
-// All rows on their way at once: the steps that read them come one after the other.
+// Where the K and the V row of an exact token are.
+struct ExactRows {
+  const std::byte* key;
+  const std::byte* value;
+  DType key_type;
+  DType value_type;
+};
+__device__ inline ExactRows exact_rows(const CudaAttendCall& call, const DecodeItem& item,
+                                       int token) {
+  const DecodeSequence& s = item.sequence;
+  const Layout& layout = call.layout;
+  if (token >= s.cached) {
+    const int row = s.first_row + token - s.cached;
+    return {row_address(call.k_new, row, item.kv_head), row_address(call.v_new, row, item.kv_head),
+            call.k_new.dtype, call.v_new.dtype};
+  }
+  const std::int64_t rows = layout.exact_rows();
+  const int row = token < layout.sinks ? sink_row(layout, token) : ring_row(layout, token);
+  const std::int64_t index =
+      (std::int64_t{2} * s.slot * layout.kv_heads + item.kv_head) * rows + row;
+  const int bytes = layout.head_dim * bytes_of(layout.exact_dtype);
+  const auto* key = static_cast<const std::byte*>(call.cache.exact) + index * bytes;
+  return {key, key + layout.kv_heads * rows * bytes, layout.exact_dtype, layout.exact_dtype};
+}
+
+// Token `index` of the exact ones.
+__device__ inline int exact_token(const DecodeSequence& s, int index) {
+  return index < s.sinks ? index : s.exact_first + index - s.sinks;
+}
+
 __device__ inline void prefetch_row(const std::byte* row, int bytes) {
   for (int at = 0; at < bytes; at += 128) prefetch_l2(row + at);
+}
+
+// All rows of a segment, and the query's, on their way at once: under load each wait for memory is
+// one for all the tiles that were asked for before.
+template <class S>
+__device__ inline void prefetch_exact(const CudaAttendCall& call, const DecodePlan& plan,
+                                      const DecodeItem& item, int first, int last,
+                                      const Lane& lane) {
+  const int dim = S::head_dim(call);
+  const DecodeColumn at = column_of(plan, item, lane.index % S::kColumns);
+  if (lane.index < S::kColumns && at.used) {
+    prefetch_row(row_address(call.q, item.sequence.first_row + at.query, at.q_head),
+                 dim * bytes_of(call.q.dtype));
+  }
+  const int end = min(kTileTokens * last, item.sequence.exact_tokens);
+  for (int i = kTileTokens * first + lane.index; i < end; i += 32) {
+    const ExactRows rows = exact_rows(call, item, exact_token(item.sequence, i));
+    prefetch_row(rows.key, dim * bytes_of(rows.key_type));
+    prefetch_row(rows.value, dim * bytes_of(rows.value_type));
+  }
 }
 
 // Lane t: the rows of exact token 32 unit + t.
@@ -68,25 +117,14 @@ template <class S>
 __device__ inline void find_rows(const CudaAttendCall& call, const DecodeItem& item, int unit,
                                  int t, ExactTile<S>& tile) {
   const DecodeSequence& s = item.sequence;
-  const Layout& layout = call.layout;
   const int index = min(kTileTokens * unit + t, s.exact_tokens - 1);
-  const int token = index < s.sinks ? index : s.exact_first + index - s.sinks;
+  const int token = exact_token(s, index);
+  const ExactRows rows = exact_rows(call, item, token);
   tile.tokens[t] = index == kTileTokens * unit + t ? token : -1;
-  if (token >= s.cached) {
-    const int row = s.first_row + token - s.cached;
-    tile.keys[t] = row_address(call.k_new, row, item.kv_head);
-    tile.values[t] = row_address(call.v_new, row, item.kv_head);
-    tile.key_types[t] = call.k_new.dtype;
-    tile.value_types[t] = call.v_new.dtype;
-    return;  // few rows, just written: they are in L2
-  }
-  const int row = token < layout.sinks ? sink_row(layout, token) : ring_row(layout, token);
-  tile.keys[t] = exact_address(layout, call.cache, s.b, Side::kKey, item.kv_head, row);
-  tile.values[t] = exact_address(layout, call.cache, s.b, Side::kValue, item.kv_head, row);
-  tile.key_types[t] = tile.value_types[t] = layout.exact_dtype;
-  const int bytes = layout.head_dim * bytes_of(layout.exact_dtype);
-  prefetch_row(tile.keys[t], bytes);
-  prefetch_row(tile.values[t], bytes);
+  tile.keys[t] = rows.key;
+  tile.values[t] = rows.value;
+  tile.key_types[t] = rows.key_type;
+  tile.value_types[t] = rows.value_type;
 }
 
 // Scores in units of log2, -infinity where the column does not read the token exactly.
@@ -119,10 +157,10 @@ __device__ inline void finish_exact_scores(const CudaAttendCall& call, const Lan
 
 template <class S>
 __device__ inline void weigh_exact(const float (&scores)[S::kBlocks][2][4],
-                                   DecodeSoftmax<S>& softmax, ExactSums<S>& sums,
+                                   ExactSoftmax<S>& softmax, ExactSums<S>& sums,
                                    float (&weights)[S::kBlocks][2][4]) {
   float factors[S::kBlocks][2];
-  raise_max<S>(scores, 0.0f, softmax, factors);
+  raise_max<S>(scores, softmax, factors);
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
 #pragma unroll

@@ -23,6 +23,8 @@ struct ExactAny {
     load_chunk(row + channel * bytes_of(type), type, x);
   }
 
+  __device__ static void fetch_values(const CudaAttendCall&, const Lane&, const ExactTile<S>&) {}
+
   __device__ static void score(const CudaAttendCall& call, const Lane& lane,
                                const ExactTile<S>& tile,
                                const std::byte* const (&queries)[S::kBlocks],

@@ -27,6 +27,28 @@ struct ExactHalf {
     return *reinterpret_cast<const uint4*>(row + 2 * channel);
   }
 
+  // V rows stand in shared memory behind the tile, their 16-byte chunks permuted (xor with twice
+  // the lane group that reads the row): they come while the scores are computed.
+  static constexpr int kRowBytes = 2 * S::kPad;
+  static constexpr int kStaged = S::kExactTileBytes;
+  static_assert(sizeof(ExactTile<S>) <= kStaged);
+  __device__ static int staged(int t, int chunk) {
+    return kStaged + t * kRowBytes + 16 * (chunk ^ 2 * (t / 2 % 4));
+  }
+  __device__ static void fetch_values(const CudaAttendCall& call, const Lane& lane,
+                                      ExactTile<S>& tile) {
+    const std::uint32_t shared = shared_address(&tile);
+    const int chunks = S::head_dim(call) / 8;
+#pragma unroll 4
+    for (int i = lane.index; i < kTileTokens * S::kPad / 8; i += 32) {
+      const int t = i / (S::kPad / 8);
+      const int chunk = i % (S::kPad / 8);
+      if (!S::kWhole && chunk >= chunks) continue;
+      cp_async_16(shared + staged(t, chunk), tile.values[t] + 16 * chunk);
+    }
+    cp_async_commit();
+  }
+
   // A register of operand A is two channels of a token: k index and channel may be paired at will.
   __device__ static void score(const CudaAttendCall& call, const Lane& lane,
                                const ExactTile<S>& tile,
@@ -92,6 +114,8 @@ struct ExactHalf {
     Weights weights[S::kBlocks];
 #pragma unroll
     for (int n = 0; n < S::kBlocks; ++n) weights[n] = weights_of(exact[n]);
+    cp_async_wait<0>();
+    __syncwarp();
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
 #pragma unroll
@@ -100,7 +124,11 @@ struct ExactHalf {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int t = 16 * step + 2 * lane.c + i % 2 + 8 * (i / 2);
-          rows[i] = load(call, tile.values[t], 64 * set + 8 * lane.g);
+          rows[i] = uint4{};
+          if (S::kWhole || 64 * set + 8 * lane.g < S::head_dim(call)) {
+            rows[i] = *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(&tile) +
+                                                      staged(t, 8 * set + lane.g));
+          }
         }
 #pragma unroll
         for (int p = 0; p < 4; ++p) {

@@ -1,10 +1,10 @@
 // SPDX-FileCopyrightText: 2026 The oscar-kv authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// From pages to the shared memory of a warp, a few tiles ahead: the codes of a tile into a stage of
-// the ring, the tails (parameters) of a group of four tiles together.
+// From pages to the shared memory of a warp: the keys of a group of four tiles with their tails
+// (parameters), and its values, each asked for as soon as those of the group before are in use.
 //
-// In a stage, the 16-byte chunks of each 128-byte row are permuted (xor with twice the lane group c
+// The 16-byte chunks of each 128-byte row of codes are permuted (xor with twice the lane group c
 // that reads the row), so that the eight lanes of a 16-byte access meet eight different bank
 // groups.
 #pragma once
@@ -22,15 +22,31 @@ __host__ __device__ constexpr int swizzled_chunk(int chunk, int rows_per_group) 
   return 8 * row + (chunk % 8 ^ 2 * (row / rows_per_group % 4));
 }
 
-// Offsets of 32 tiles at a time, a lane a tile, from the first one of every fourth group on.
-inline constexpr int kStepGroups = 4;
+// Addresses of 32 tiles at a time, a lane a tile, as offsets in shared memory.
+inline constexpr int kStepTiles = 32;
+
+// Opaque to the compiler, which would rather compute such a value again for every tile than keep
+// it.
+template <typename T>
+__device__ inline T kept(T x) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
+  return x;
+}
 
 template <class S>
 struct DecodeFetch {
-  const std::uint8_t* pages;  // of the KV head's first tile
-  std::uint32_t shared;       // of the warp
-  std::uint32_t offsets;      // of this step's tile `lane`, in 32 bytes
-  int next_page;              // of the next step's tile `lane`
+  static constexpr int kKeyRows = S::kLines;  // of 128 bytes, of a lane group
+  static constexpr int kValueRows = S::kWhole ? S::kPad * S::kVBits / 128 : 0;
+
+  const std::uint8_t* pages;  // of the KV head's first tile, from chunk `lane` on
+  std::uint32_t keys_at;      // where chunk `lane` of a section goes
+  std::uint32_t values_at;
+  std::uint32_t* offsets;  // of this step's tiles, in 32 bytes
+  int next_page;           // of the next step's tile `lane`
 
   // Entry of the block table for tile `tile`, the last one of the segment at most.
   __device__ static int table_entry(const CudaAttendCall& call, const DecodePlan& plan, int tile) {
@@ -51,7 +67,7 @@ struct DecodeFetch {
   }
 
   __device__ static int tile_bytes(const CudaAttendCall& call) {
-    if constexpr (!S::kAny) return S::kCodeBytes + S::kTailBytes;
+    if constexpr (!S::kAny) return S::kKeyBytes + S::kValueBytes + S::kTailBytes;
     return call.layout.tile().tile_bytes();
   }
   __device__ static int code_bytes(const CudaAttendCall& call) {
@@ -60,11 +76,15 @@ struct DecodeFetch {
 
   __device__ void start(const CudaAttendCall& call, const DecodePlan& plan,
                         const WarpState<S>& state, const Lane& lane, int group, int last,
-                        std::uint32_t warp_shared) {
+                        char* warp) {
     const std::int64_t head =
         static_cast<std::int64_t>(state.item.kv_head) * call.layout.tiles_per_page();
-    pages = call.cache.pages + head * tile_bytes(call);
-    shared = warp_shared;
+    pages = kept(call.cache.pages + head * tile_bytes(call) + 16 * lane.index);
+    const std::uint32_t shared = shared_address(warp);
+    keys_at = kept(shared + S::kKeys + 16 * swizzled_chunk(lane.index, kKeyRows));
+    values_at = kept(shared + S::kValues +
+                     16 * (kValueRows > 0 ? swizzled_chunk(lane.index, kValueRows) : lane.index));
+    offsets = reinterpret_cast<std::uint32_t*>(warp + S::kTileOffsets);
     next_page = page_of(call, plan, state, min(group * kGroupTiles + lane.index, last - 1));
     step(call, plan, state, lane, group, last);
   }
@@ -73,57 +93,73 @@ struct DecodeFetch {
   __device__ void step(const CudaAttendCall& call, const DecodePlan& plan,
                        const WarpState<S>& state, const Lane& lane, int group, int last) {
     const int tile = group * kGroupTiles + lane.index;
-    offsets = tile_offset(call, plan, min(tile, last - 1), next_page);
-    next_page = page_of(call, plan, state, min(tile + kStepGroups * kGroupTiles, last - 1));
+    offsets[lane.index] = tile_offset(call, plan, min(tile, last - 1), next_page);
+    __syncwarp();
+    next_page = page_of(call, plan, state, min(tile + kStepTiles, last - 1));
   }
 
-  // The tile `ahead` tiles after the step's first.
-  __device__ const std::uint8_t* tile_at(int ahead) const {
-    return pages + 32 * static_cast<std::uint64_t>(__shfl_sync(kFullWarp, offsets, ahead));
+  // Chunk `lane` of the tiles of the group that starts `first` tiles after the step's first.
+  __device__ void group_tiles(int first, const std::uint8_t* (&tiles)[kGroupTiles]) const {
+    const uint4 four = *reinterpret_cast<const uint4*>(offsets + first);
+    tiles[0] = pages + 32 * static_cast<std::uint64_t>(four.x);
+    tiles[1] = pages + 32 * static_cast<std::uint64_t>(four.y);
+    tiles[2] = pages + 32 * static_cast<std::uint64_t>(four.z);
+    tiles[3] = pages + 32 * static_cast<std::uint64_t>(four.w);
   }
 
-  // Tails of the group that starts `first` tiles after the step's first.
-  __device__ void tails(const CudaAttendCall& call, const Lane& lane, int first) const {
+  // Tails and K codes of tiles begin .. end - 1 of this group.
+  __device__ void keys(const CudaAttendCall& call, const Lane& lane, char* warp, int first,
+                       int begin, int end) const {
     const int codes = code_bytes(call);
-    const int chunks = (tile_bytes(call) - codes) / 16;
+    const bool in_tail = 16 * lane.index < tile_bytes(call) - codes;
+    const std::uint32_t tails = shared_address(warp) + S::kTails + 16 * lane.index;
+    static_assert(S::kTailBytes <= 512);
+    const std::uint8_t* tiles[kGroupTiles];
+    group_tiles(first, tiles);
 #pragma unroll
-    for (int i = 0; i < (kGroupTiles * S::kTailBytes / 16 + 31) / 32; ++i) {
-      const int chunk = lane.index + 32 * i;
-      const int tile = chunk / chunks;
-      const std::uint8_t* from = tile_at(first + tile % kGroupTiles);
-      const int at = 16 * (chunk - tile * chunks);
-      if (tile >= kGroupTiles) continue;
-      cp_async_16(shared + S::kTails + tile * S::kTailBytes + at, from + codes + at);
+    for (int t = 0; t < kGroupTiles; ++t) {
+      if (t < begin || t >= end) continue;
+      if (in_tail) cp_async_16(tails + t * S::kTailBytes, tiles[t] + codes);
+      copy_codes<S::kKeyBytes, kKeyRows>(lane, tiles[t], 4 * S::head_dim(call) * S::kKBits, keys_at,
+                                         t * S::kKeyBytes);
     }
   }
 
-  // Codes of the tile `ahead` tiles after the step's first into a stage.
-  __device__ void codes(const CudaAttendCall& call, const Lane& lane, int ahead,
-                        std::uint32_t stage) const {
-    const std::uint8_t* from = tile_at(ahead) + 16 * lane.index;
-    constexpr int kKChunks = S::kDim * S::kKBits / 4;
-    constexpr int kVChunks = S::kDim * S::kVBits / 4;
-    if constexpr (S::kWhole) {
-      constexpr int kVGroupRows = S::kPad * S::kVBits / 128;
-      const std::uint32_t k_lane = 16 * swizzled_chunk(lane.index, S::kLines);
-      const std::uint32_t v_lane = 16 * swizzled_chunk(lane.index, kVGroupRows);
+  // V codes of the same tiles.
+  __device__ void values(const CudaAttendCall& call, const Lane& lane, int first, int begin,
+                         int end) const {
+    const std::uint8_t* tiles[kGroupTiles];
+    group_tiles(first, tiles);
 #pragma unroll
-      for (int i = 0; i < (kKChunks + kVChunks) / 32; ++i) {
-        const bool is_key = 32 * i < kKChunks;
-        const int chunk = is_key ? 32 * i : 32 * i - kKChunks;
-        // Rows a multiple of 4 apart: the permutation differs by a constant.
-        const int turn = 32 * (chunk / 8 / (is_key ? S::kLines : kVGroupRows) % 4);
-        cp_async_16(stage + 512 * i + ((is_key ? k_lane : v_lane) ^ turn), from + 512 * i);
+    for (int t = 0; t < kGroupTiles; ++t) {
+      if (t < begin || t >= end) continue;
+      copy_codes<S::kValueBytes, kValueRows>(lane, tiles[t] + 4 * S::head_dim(call) * S::kKBits,
+                                             4 * S::head_dim(call) * S::kVBits, values_at,
+                                             t * S::kValueBytes);
+    }
+  }
+
+  // A section of `bytes`, at most kBytes, whose rows of 128 bytes are read by lane group
+  // row / kRows, to `own` + slot; kRows 0: not permuted.
+  template <int kBytes, int kRows>
+  __device__ static void copy_codes(const Lane& lane, const std::uint8_t* from, int bytes,
+                                    std::uint32_t own, int slot) {
+    if constexpr (S::kWhole) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 512; ++i) {
+        // Rows a multiple of 4 apart: the permutation differs by a constant, of bits that the
+        // addresses of sections do not have.
+        const int turn = 32 * (4 * i / kRows % 4);
+        cp_async_16((own ^ turn) + slot + 512 * i, from + 512 * i);
       }
     } else {
-      const int k_chunks = S::head_dim(call) * S::kKBits / 4;
-      const int v_chunks = S::head_dim(call) * S::kVBits / 4;
 #pragma unroll
-      for (int i = 0; i < (kKChunks + kVChunks + 31) / 32; ++i) {
+      for (int i = 0; i < (kBytes + 511) / 512; ++i) {
         const int chunk = lane.index + 32 * i;
-        if (chunk >= k_chunks + v_chunks) continue;
-        const int to = chunk < k_chunks ? swizzled_chunk(chunk, S::kLines) : chunk;
-        cp_async_16(stage + 16 * to, from + 512 * i);
+        if (16 * chunk >= bytes) continue;
+        const int place =
+            kRows > 0 ? swizzled_chunk(chunk, kRows) - swizzled_chunk(lane.index, kRows) : 32 * i;
+        cp_async_16(own + slot + 16 * place, from + 512 * i);
       }
     }
   }

@@ -8,7 +8,6 @@
 #include <bit>
 
 #include "cuda/attend_decode.cuh"
-#include "cuda/combine.cuh"
 
 namespace oscar::cuda {
 
@@ -28,9 +27,11 @@ inline Device current_device() {
   return found;
 }
 
-// Query columns of an item: 16 where 8 do not hold what a sequence has, and registers allow.
+// Query columns of an item: as few of 4, 8 and 16 as hold what a sequence has; registers have no
+// room for 16 of more than 128 channels.
 inline int item_columns(const Layout& layout, std::int32_t q_heads, std::int32_t max_query_len) {
   const int columns = q_heads / layout.kv_heads * std::min(max_query_len, kMaxDecodeQueries);
+  if (columns <= 4) return 4;
   return columns > 8 && layout.head_dim <= 128 ? 16 : 8;
 }
 
@@ -47,21 +48,25 @@ inline int slot_floats(const Layout& layout, int slot_columns) {
   return (slot_columns * (layout.head_dim + 2) + 3) / 4 * 4;
 }
 
-// combine follows without waiting for the launch: it starts while the last blocks finish.
-template <int kChannels, bool kWhole>
-void launch_combine(const CudaAttendCall& call, const DecodePlan& plan, int arch,
+// The second launch starts without waiting for the first.
+template <class S>
+void launch_kernels(const CudaAttendCall& call, const DecodePlan& plan, const Device& device,
                     cudaStream_t stream) {
+  const int shared = S::block_bytes(device.arch);
+  cudaFuncSetAttribute(attend_decode<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  clear_tickets<<<1, 256, 0, stream>>>(reinterpret_cast<uint4*>(call.workspace),
+                                       static_cast<int>(plan.slots_offset / sizeof(uint4)));
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((call.q.heads + kCombineWarps - 1) / kCombineWarps),
-                        static_cast<unsigned>(std::min<std::int64_t>(call.q.tokens, 65535)));
-  config.blockDim = dim3(32 * kCombineWarps);
+  config.gridDim = dim3(static_cast<unsigned>(device.multiprocessors));
+  config.blockDim = dim3(static_cast<unsigned>(32 * plan.block_warps));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
   config.stream = stream;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = arch >= 900 ? 1 : 0;
-  cudaLaunchKernelEx(&config, combine_decode<kChannels, kWhole>, call, plan);
+  config.numAttrs = device.arch >= 900 ? 1 : 0;
+  cudaLaunchKernelEx(&config, attend_decode<S>, call, plan);
 }
 
 template <class S>
@@ -82,31 +87,21 @@ void launch(const CudaAttendCall& call, cudaStream_t stream) {
   plan.slot_floats = slot_floats(call.layout, plan.slot_columns);
   plan.merged = static_cast<int>(
       most_kinds(call.layout, call.batch.size, call.q.tokens, call.q.heads, S::kColumns));
+  plan.slots_offset = static_cast<std::uint32_t>(ticket_bytes(plan.merged));
   const int per_page = call.layout.tiles_per_page();
   plan.page_shift = std::has_single_bit(static_cast<unsigned>(per_page))
                         ? std::countr_zero(static_cast<unsigned>(per_page))
                         : -1;
-  const int shared = S::block_bytes(device.arch);
-  cudaFuncSetAttribute(attend_decode<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  attend_decode<S>
-      <<<static_cast<unsigned>(device.multiprocessors),
-         static_cast<unsigned>(32 * plan.block_warps), static_cast<std::size_t>(shared), stream>>>(
-          call, plan);
-  if constexpr (S::kWhole) {
-    launch_combine<S::kDim / 32, true>(call, plan, device.arch, stream);
-  } else {
-    launch_combine<S::kPad / 32, false>(call, plan, device.arch, stream);
-  }
+  launch_kernels<S>(call, plan, device, stream);
 }
 
-// 16 query columns an item where 8 do not hold what a sequence has, and registers allow.
 template <int kKBits, int kVBits, int kDim, bool kAny>
 void launch_dim(const CudaAttendCall& call, cudaStream_t stream) {
+  const int columns = item_columns(call.layout, call.q.heads, call.max_query_len);
   if constexpr (kDim <= 128) {
-    if (item_columns(call.layout, call.q.heads, call.max_query_len) == 16) {
-      return launch<DecodeShape<kDim, kAny, kKBits, kVBits, 2>>(call, stream);
-    }
+    if (columns == 16) return launch<DecodeShape<kDim, kAny, kKBits, kVBits, 4>>(call, stream);
   }
+  if (columns == 8) return launch<DecodeShape<kDim, kAny, kKBits, kVBits, 2>>(call, stream);
   launch<DecodeShape<kDim, kAny, kKBits, kVBits, 1>>(call, stream);
 }
 

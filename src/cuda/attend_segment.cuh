@@ -9,11 +9,12 @@
 
 #include "cuda/attend_exact_any.cuh"
 #include "cuda/attend_exact_half.cuh"
+#include "cuda/attend_fetch.cuh"
 #include "cuda/attend_packed.cuh"
 
 namespace oscar::cuda {
 
-// Packed tokens that each column sees, as [x, y), and the tiles that all columns see whole.
+// Packed tokens that each column sees, as [x, y), and where they are the same for all columns.
 template <class S>
 __device__ inline void set_bounds(const CudaAttendCall& call, const DecodePlan& plan,
                                   const Lane& lane, WarpState<S>& state, int2* bounds) {
@@ -25,178 +26,162 @@ __device__ inline void set_bounds(const CudaAttendCall& call, const DecodePlan& 
         make_int2(max(first_token(call, position), call.layout.sinks),
                   at.used ? kTileTokens * decode_packed_tiles(call, s, position) : 0);
   }
+  const int first = max(first_token(call, s.cached), call.layout.sinks);
   const int last = max(first_token(call, s.cached + s.queries - 1), call.layout.sinks);
+  const bool single = s.queries == 1;
   const bool capped = call.options.softcap > 0.0f;  // every tile has extra work
   if (lane.index == 0) {
     state.one = kOnes;
-    state.whole =
-        make_int2(capped ? INT_MAX : (last + kTileTokens - 1) / kTileTokens, s.packed_low);
+    state.seen = single ? make_int2(first, kTileTokens * s.packed_low) : make_int2(0, INT_MAX);
+    state.plain = capped   ? make_int2(INT_MAX, 0)
+                  : single ? make_int2(0, INT_MAX)
+                           : make_int2((last + kTileTokens - 1) / kTileTokens, s.packed_low);
   }
 }
 
-// Scores of a tile that some column does not see whole, or with a soft cap.
+// What multiplies a score and is added to it: K norm and log2 V scale of tokens g + 8 i.
+struct TokenFactors {
+  float norms[4];
+  float logs[4];
+};
 template <class S>
-__device__ inline void finish_special(const CudaAttendCall& call, const Lane& lane,
-                                      const char* warp, int tile, const float (&norms)[4],
-                                      const float (&logs)[4], float (&scores)[S::kBlocks][2][4]) {
-#pragma unroll
-  for (int n = 0; n < S::kBlocks; ++n) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) scores[n][i / 4][i % 4] *= norms[i / 2];
-  }
-  if (call.options.softcap > 0.0f) cap_scores<S>(call.options.softcap, scores);
-#pragma unroll
-  for (int n = 0; n < S::kBlocks; ++n) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) scores[n][i / 4][i % 4] += logs[i / 2];
-  }
-  mask_scores<S>(lane, reinterpret_cast<const int2*>(warp + S::kBounds), kTileTokens * tile,
-                 scores);
+__device__ inline TokenFactors token_factors(const Lane& lane, const char* tile) {
+  const float4 norm = *reinterpret_cast<const float4*>(tile + S::kNorms + 16 * lane.g);
+  const float4 log = *reinterpret_cast<const float4*>(tile + S::kLogScales + 16 * lane.g);
+  return {{norm.x, norm.y, norm.z, norm.w}, {log.x, log.y, log.z, log.w}};
 }
 
-template <class S>
-__device__ inline void weigh_tile(const CudaAttendCall& call, const Lane& lane, const char* warp,
-                                  const TileView& view, int tile, bool special,
-                                  float (&scores)[S::kBlocks][2][4], DecodeSoftmax<S>& softmax,
-                                  PackedSums<S>& sums, std::uint32_t (&weights)[S::kBlocks][2][2]) {
-  const float4 norm = *reinterpret_cast<const float4*>(view.by_g + S::kNorms);
-  const float4 log = *reinterpret_cast<const float4*>(view.by_g + S::kLogScales);
-  const float4 inverse = *reinterpret_cast<const float4*>(view.by_g + S::kInverseScales);
-  const float norms[4] = {norm.x, norm.y, norm.z, norm.w};
-  const float logs[4] = {log.x, log.y, log.z, log.w};
-  const float inverses[4] = {inverse.x, inverse.y, inverse.z, inverse.w};
-  if (!special) {
+// Exponents of a tile that some column does not see whole, or with a soft cap. `bound`: the packed
+// tokens that the column sees.
+__device__ inline void special_exponents(const CudaAttendCall& call, const Lane& lane, int first,
+                                         int2 bound, const TokenFactors& factors, float (&x)[4]) {
+  const float cap = call.options.softcap * kLog2E;
+  const float turn = __fdividef(2.0f * kLog2E, cap);
 #pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) {
+  for (int i = 0; i < 4; ++i) {
+    x[i] *= factors.norms[i];
+    if (cap > 0.0f) x[i] = soft_capped(x[i], cap, turn);
+    x[i] += factors.logs[i];
+    const int token = first + lane.g + 8 * i;
+    if (token < bound.x || token >= bound.y) x[i] = -INFINITY;
+  }
+}
+
+// Exponents of the tiles of a group. kPlain: of all four, without a look at the columns' bounds;
+// else of those that are there.
+template <class S, bool kPlain>
+__device__ inline void score_group(const CudaAttendCall& call, const Lane& lane, const char* warp,
+                                   const GroupTiles& tiles, const DecodeQuery<S>& query,
+                                   GroupExponents<S>& exponents) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float& score = scores[n][i / 4][i % 4];
-        score = fmaf(score, norms[i / 2], logs[i / 2]);
+  for (int t = 0; t < kGroupTiles; ++t) {
+    if (!kPlain && !tiles.has(t)) {
+#pragma unroll
+      for (int i = 0; i < 4 * S::kLaneColumns; ++i) exponents[t][i / 4][i % 4] = -INFINITY;
+      continue;
+    }
+    const char* tile = warp + t * S::kTileBytes;
+    float scores[S::kBlocks][2][4];
+    score_tile<S>(call, lane, tile, warp + S::kKeys + t * S::kKeyBytes, query, scores);
+    const TokenFactors factors = token_factors<S>(lane, tile);
+#pragma unroll
+    for (int j = 0; j < S::kLaneColumns; ++j) {
+      float (&x)[4] = exponents[t][j];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = scores[j / 2][i / 2][i % 2 * 2 + j % 2];
+      if constexpr (kPlain) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = fmaf(x[i], factors.norms[i], factors.logs[i]);
+      } else {
+        const int2 bound = reinterpret_cast<const int2*>(warp + S::kBounds)[S::column(lane.c, j)];
+        special_exponents(call, lane, kTileTokens * (kGroupTiles * tiles.group + t), bound, factors,
+                          x);
       }
     }
-  } else {
-    finish_special<S>(call, lane, warp, tile, norms, logs, scores);
-  }
-  TileWeights<S> tile_weights;
-  tile_weights.take(scores, softmax);
-  if (tile_weights.too_large()) {
-    float factors[S::kBlocks][2];
-    raise_max<S>(scores, kRaise, softmax, factors);
-#pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums.mid[n][i] *= factors[n][i % 2];
-#pragma unroll
-        for (int r = 0; r < S::kRowBlocks; ++r) sums.out[n][r][i] *= factors[n][i % 2];
-      }
-    }
-    tile_weights.take(scores, softmax);
-  }
-#pragma unroll
-  for (int n = 0; n < S::kBlocks; ++n) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float& sum = softmax.sum[n][i % 2];
-      sum = fmaf(tile_weights.exact[n][i / 4][i % 4], inverses[i / 2], sum);
-    }
-    transpose_weights(tile_weights.rounded[n], weights[n]);
   }
 }
 
-// Tiles first .. last - 1 of the item. The scores of a tile and the values of the one before it
-// stand side by side in the loop: two independent chains for the tensor cores.
+// The group whose keys and tails have come; asks for the next one's, `step` tiles after those of
+// the fetch's step, where `more`.
+template <class S, bool kPlain>
+__device__ inline void attend_group(const CudaAttendCall& call, const Lane& lane, char* warp,
+                                    const GroupTiles& tiles, const DecodeFetch<S>& fetch, int step,
+                                    bool more, const DecodeQuery<S>& query,
+                                    DecodeSoftmax<S>& softmax, PackedSums<S>& sums) {
+  GroupExponents<S> exponents;
+  score_group<S, kPlain>(call, lane, warp, tiles, query, exponents);
+  __syncwarp();
+  // All four where there is one: a tile past the end is the last one once more.
+  if (more) fetch.keys(call, lane, warp, step, 0, kGroupTiles);
+  cp_async_commit();
+  GroupFactors<S> factors;
+  std::uint32_t weights[kGroupTiles][S::kLaneColumns][2];
+  weigh_group<S, kPlain>(lane, warp, tiles, exponents, softmax, factors, weights);
+  cp_async_wait<1>();  // the values; the next keys are on their way
+  __syncwarp();
+  add_group<S, kPlain>(call, lane, warp, tiles, weights, factors, sums);
+  __syncwarp();
+  if (more) fetch.values(call, lane, step, 0, kGroupTiles);
+  cp_async_commit();
+}
+
+// Tiles first .. last - 1 of the item.
 template <class S>
 __device__ inline void attend_packed_segment(const CudaAttendCall& call, const DecodePlan& plan,
                                              const Lane& lane, int first, int last, char* warp,
                                              WarpState<S>& state, float* partial) {
-  constexpr int kStages = S::stages(kArch);
-  constexpr int kAhead = kStages - 2;  // tiles in flight
-  static_assert(kAhead >= 1 && kAhead <= kGroupTiles);
-  const int stage_bytes = S::kAny ? DecodeFetch<S>::code_bytes(call) : S::kCodeBytes;
   DecodeFetch<S> fetch;
   int group = first / kGroupTiles;
+  int begin = first - group * kGroupTiles;
+  int end = min(last - group * kGroupTiles, kGroupTiles);
   const RawQuery<S> raw = load_raw_query<S>(call, plan, state.item, lane);
-  fetch.start(call, plan, state, lane, group, last, shared_address(warp));
-  fetch.tails(call, lane, 0);
-  const auto wrapped = [&](int offset) {  // offset < 2 rings
-    constexpr int kBytes = kStages * S::kCodeBytes;
-    if constexpr (!S::kAny && (kBytes & (kBytes - 1)) == 0) return offset & (kBytes - 1);
-    return offset >= kStages * stage_bytes ? offset - kStages * stage_bytes : offset;
-  };
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
-    if (first + i < last) {
-      fetch.codes(call, lane, first + i - group * kGroupTiles,
-                  fetch.shared + S::kRing + i * stage_bytes);
-    }
-    cp_async_commit();
-  }
+  fetch.start(call, plan, state, lane, group, last, warp);
+  fetch.keys(call, lane, warp, 0, begin, end);
+  cp_async_commit();
   set_bounds<S>(call, plan, lane, state, reinterpret_cast<int2*>(warp + S::kBounds));
   DecodeQuery<S> query;
   load_query<S>(call, plan, lane, raw, state, query);
+  fetch.values(call, lane, 0, begin, end);
+  cp_async_commit();
   DecodeSoftmax<S> softmax;
   PackedSums<S> sums;
   softmax.clear();
   sums.clear();
-  // The tile before the first: weights 0, and mids that are not NaN.
-  std::uint32_t weights[S::kBlocks][2][2] = {};
-  const auto mids_of = [](int which) { return S::kMids + which % 2 * S::kMidBytes; };
-  const char* mids = warp + mids_of(group + 1) + 16 * lane.c;
-  if (lane.index < 8) {
-    reinterpret_cast<uint4*>(warp + mids_of(group + 1))[lane.index] = uint4{};
-  }
-  int stage = 0, last_stage = 0;
 #pragma unroll 1
-  for (int begin = first - group * kGroupTiles, step = 0; group * kGroupTiles < last;
-       begin = 0, ++group) {
-    const int left = last - group * kGroupTiles;
-    const int end = min(left, kGroupTiles);
-    cp_async_wait<kAhead - 1>();
-    // The tails came with a tile of the group before; a short first group is not far enough back.
-    if (group * kGroupTiles > first && group * kGroupTiles - first < kAhead) cp_async_wait<0>();
+  for (int step = 0; end > 0; ++group, begin = 0) {
+    cp_async_wait<1>();  // the keys; the values are on their way
     __syncwarp();
     const Lane here = fresh_lane();
-    unpack_channels<S>(call, here, warp, state, query);
-    unpack_tokens<S>(call, here, warp, state.log_unit, mids_of(group));
+    const int tile = group * kGroupTiles;
+    const GroupTiles tiles{group, begin, end,
+                           make_int2(max(state.seen.x, kTileTokens * (tile + begin)),
+                                     min(state.seen.y, kTileTokens * (tile + end)))};
+    unpack_channels<S>(call, here, warp, tiles, state, query);
+    unpack_tokens<S>(call, here, warp, tiles, state.log_unit);
     __syncwarp();
-    if (kGroupTiles < left) fetch.tails(call, here, step + kGroupTiles);
-    const bool special =
-        group * kGroupTiles + begin < state.whole.x || group * kGroupTiles + end > state.whole.y;
-    TileView view{warp + begin * S::kTileBytes + 16 * lane.c,
-                  warp + begin * S::kTileBytes + 16 * lane.g, nullptr};
-#pragma unroll 1
-    for (int within = begin; within < end; ++within) {
-      cp_async_wait<kAhead - 1>();
-      __syncwarp();
-      if (within + kAhead < left) {
-        fetch.codes(call, lane, step + within + kAhead,
-                    fetch.shared + S::kRing + wrapped(stage + kAhead * stage_bytes));
-      }
-      cp_async_commit();
-      view.stage = warp + S::kRing + stage;
-      float scores[S::kBlocks][2][4];
-      score_tile<S>(call, lane, view, query, scores);
-      add_values<S>(call, lane, mids, warp + S::kRing + last_stage, weights, sums);
-      mids = view.by_c + mids_of(group);
-      last_stage = stage;
-      stage = wrapped(stage + stage_bytes);
-      weigh_tile<S>(call, lane, warp, view, group * kGroupTiles + within, special, scores, softmax,
-                    sums, weights);
-      view.by_c += S::kTileBytes;
-      view.by_g += S::kTileBytes;
-    }
+    const int next_end = min(last - (group + 1) * kGroupTiles, kGroupTiles);
     step += kGroupTiles;
-    if (step == kStepGroups * kGroupTiles) {
+    if (step == kStepTiles) {
       step = 0;
-      fetch.step(call, plan, state, fresh_lane(), group + 1, last);
+      fetch.step(call, plan, state, here, group + 1, last);
     }
+    if (end - begin > 2 && tile + begin >= state.plain.x && tile + end <= state.plain.y) {
+      attend_group<S, true>(call, here, warp, tiles, fetch, step, next_end > 0, query, softmax,
+                            sums);
+    } else {
+      attend_group<S, false>(call, here, warp, tiles, fetch, step, next_end > 0, query, softmax,
+                             sums);
+    }
+    end = next_end;
   }
-  add_values<S>(call, lane, mids, warp + S::kRing + last_stage, weights, sums);
   cp_async_wait<0>();
   __syncwarp();
   store_packed<S>(call, plan, lane, sums, partial);
-  store_softmax<S>(plan, lane, S::head_dim(call), softmax, partial);
+#pragma unroll
+  for (int j = 0; j < S::kLaneColumns; ++j) {
+    store_softmax(plan, lane, S::head_dim(call), S::column(lane.c, j), softmax.max[j],
+                  softmax.sum[j], partial);
+  }
   __syncwarp();
 }
 
@@ -205,6 +190,7 @@ __device__ inline void attend_exact_segment(const CudaAttendCall& call, const De
                                             const Lane& lane, int first, int last, char* warp,
                                             const WarpState<S>& state, float* partial) {
   auto& tile = *reinterpret_cast<ExactTile<S>*>(warp);
+  prefetch_exact<S>(call, plan, state.item, first, last, lane);
   const std::byte* queries[S::kBlocks];
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
@@ -213,7 +199,7 @@ __device__ inline void attend_exact_segment(const CudaAttendCall& call, const De
     const DecodeColumn known = at.used ? at : column_of(plan, state.item, 0);
     queries[n] = row_address(call.q, state.item.sequence.first_row + known.query, known.q_head);
   }
-  DecodeSoftmax<S> softmax;
+  ExactSoftmax<S> softmax;
   ExactSums<S> sums;
   softmax.clear();
   sums.clear();
@@ -223,6 +209,7 @@ __device__ inline void attend_exact_segment(const CudaAttendCall& call, const De
     __syncwarp();
     find_rows<S>(call, state.item, unit, lane.index, tile);
     __syncwarp();
+    Math::fetch_values(call, lane, tile);
     float scores[S::kBlocks][2][4] = {};
     Math::score(call, lane, tile, queries, scores);
     finish_exact_scores<S>(call, lane, tile, scores);
@@ -232,7 +219,11 @@ __device__ inline void attend_exact_segment(const CudaAttendCall& call, const De
   }
   __syncwarp();
   store_exact<S>(call, plan, lane, sums, partial);
-  store_softmax<S>(plan, lane, S::head_dim(call), softmax, partial);
+#pragma unroll
+  for (int i = 0; i < 2 * S::kBlocks; ++i) {
+    store_softmax(plan, lane, S::head_dim(call), 8 * (i / 2) + 2 * lane.c + i % 2,
+                  softmax.max[i / 2][i % 2], softmax.sum[i / 2][i % 2], partial);
+  }
   __syncwarp();
 }
 

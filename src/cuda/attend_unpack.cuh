@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What four tiles need besides their codes, once for the group: K scale indices as fp16 subnormals
-// in the order of the query, K norms, V scales, V mids and ones as MMA operands, and what K's mids
-// and the middle of the codes add to every score of a tile.
+// in the order of the query, K norms, V scales, V mids, and what K's mids and the middle of the
+// codes add to every score of a tile.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -36,7 +36,8 @@ __device__ inline KeyUnits key_units(const std::uint8_t* tail, int dim) {
 // words of channels c kLaneChannels and on. An MMA with these as rows sums them over the channels.
 template <class S>
 __device__ inline void unpack_channels(const CudaAttendCall& call, const Lane& lane, char* warp,
-                                       const WarpState<S>& state, const DecodeQuery<S>& query) {
+                                       const GroupTiles& tiles, const WarpState<S>& state,
+                                       const DecodeQuery<S>& query) {
   const int tile = lane.g % kGroupTiles;
   const bool is_mid = lane.g >= kGroupTiles;
   const int left = is_mid ? 2 : 6;
@@ -86,6 +87,7 @@ __device__ inline void unpack_channels(const CudaAttendCall& call, const Lane& l
       }
       const float mids = __shfl_down_sync(kFullWarp, sum, 16) - state.sums[8 * n + 2 * lane.c + j];
       offset[j] = 0x1p-24f * (ratio * mids - kMiddle * sum);
+      if (!tiles.has(tile)) offset[j] = 0.0f;  // of anything, perhaps NaN
     }
     auto* offsets = reinterpret_cast<float4*>(warp + S::kOffsets + tile * S::kTileBytes);
     if (!is_mid) {
@@ -94,12 +96,11 @@ __device__ inline void unpack_channels(const CudaAttendCall& call, const Lane& l
   }
 }
 
-inline constexpr std::uint32_t kOnes = 0x3c003c00u;  // two fp16
-
-// Lane l: tile l / 8, the four tokens of position group l % 8.
+// Lane l: tile l / 8, the four tokens of position group l % 8. A token that is not seen gets an
+// exponent of -infinity.
 template <class S>
 __device__ inline void unpack_tokens(const CudaAttendCall& call, const Lane& lane, char* warp,
-                                     float log_unit, int mids) {
+                                     const GroupTiles& tiles, float log_unit) {
   const int dim = S::head_dim(call);
   const int tile = lane.index / 8;
   const int at = lane.index % 8;
@@ -108,7 +109,6 @@ __device__ inline void unpack_tokens(const CudaAttendCall& call, const Lane& lan
     return *reinterpret_cast<const std::uint32_t*>(tail + offset + 4 * at);
   };
   const std::uint32_t scale = word(dim);
-  const std::uint32_t mid = word(dim + 32) ^ 0x80808080u;  // plus 128
   const std::uint32_t norm = word(dim + 64);
   const float unit = log2_fast(key_units(tail, dim).scale) + log_unit - kNormBias;
   float norms[4], logs[4], inverses[4];
@@ -120,6 +120,11 @@ __device__ inline void unpack_tokens(const CudaAttendCall& call, const Lane& lan
     // Scale 0: a weight so small that only the denominator sees it.
     logs[i] = v == 0 ? -60.0f : fmaf(static_cast<float>(v), 0.125f, -kVScaleBias);
     inverses[i] = exp2_fast(-logs[i]);
+    const int token = kTileTokens * (kGroupTiles * tiles.group + tile) + at + 8 * i;
+    if (token < tiles.tokens.x || token >= tiles.tokens.y) {
+      norms[i] = 0.0f;
+      logs[i] = -INFINITY;
+    }
   }
   const auto store = [&](int offset, const float (&x)[4]) {
     reinterpret_cast<float4*>(warp + offset + tile * S::kTileBytes)[at] =
@@ -128,8 +133,7 @@ __device__ inline void unpack_tokens(const CudaAttendCall& call, const Lane& lan
   store(S::kNorms, norms);
   store(S::kLogScales, logs);
   store(S::kInverseScales, inverses);
-  reinterpret_cast<uint4*>(warp + tile * S::kTileBytes + mids)[at % 2 * 4 + at / 2] =
-      make_uint4(mid & 0x00ff00ffu, kOnes, mid >> 8 & 0x00ff00ffu, kOnes);
+  reinterpret_cast<std::uint32_t*>(warp + S::kMids + tile * S::kTileBytes)[at] = word(dim + 32);
 }
 
 }  // namespace oscar::cuda

@@ -62,7 +62,12 @@ Status check_device_cache(const CacheView& cache, const Batch& batch, std::int64
   OSCAR_TRY(check_present("cache.seq_len", cache.seq_len));
   OSCAR_TRY(check_present("cache.exact", cache.exact));
   OSCAR_TRY(check_aligned("cache.exact", cache.exact, kAccessBytes));
+  if (cache.exact_stride % kAccessBytes != 0) {
+    return invalid("cache.exact_stride is " + std::to_string(cache.exact_stride) +
+                   ", must be a multiple of " + std::to_string(kAccessBytes));
+  }
   OSCAR_TRY(check_aligned("cache.pages", cache.pages, 32));
+  OSCAR_TRY(check_aligned("cache.feedback", cache.feedback, kAccessBytes));
   if (cache.max_pages > 0) OSCAR_TRY(check_present("cache.block_table", cache.block_table));
   // A zero-sized pool may have no address: then no tile can complete.
   if (cache.num_pages > 0) OSCAR_TRY(check_present("cache.pages", cache.pages));

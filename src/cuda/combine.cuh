@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // combine: the partial results of one query token and head, packed ones rotated back, to its output
-// row. One warp a row; lane l has the channels l, l + 32, ...
+// row. By the warp, or a warp of the block, that did the last units of the item.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,20 @@
 #include "cuda/attend_query.cuh"
 #include "cuda/attend_shape.cuh"
 #include "cuda/plan.cuh"
+#include "cuda/softmax.cuh"
 
 namespace oscar::cuda {
 
-inline constexpr int kCombineWarps = 4;
+// Whether `units` units of the item of `state`, whose results other warps may now read, are its
+// last ones; asked by one lane.
+template <class S>
+__device__ inline bool add_units(const CudaAttendCall& call, const WarpState<S>& state, int units) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // for the tickets to be clear
+#endif
+  const int before = add_ordered(ticket_of(call, state.kind), units);
+  return before + units == state.item.sequence.item_units();
+}
 
 // The slots of one kind of an item: those that blocks merged, then perhaps one of its last warp.
 struct DecodeParts {
@@ -45,12 +55,10 @@ __device__ inline int part_slot(const DecodePlan& plan, const DecodeLine& line,
   return line.start(first) < line.start(last + 1) ? plan.merged + block + parts.kind : -1;
 }
 
-// The parts of one row.
-struct DecodeRow {
-  DecodeLine line;
+// The parts of one item.
+struct ItemParts {
   DecodeParts exact;
   DecodeParts packed;
-  int column;
 };
 
 // Running sums of one row, packed parts still rotated. Of a whole head_dim lane l has the channels
@@ -80,40 +88,17 @@ struct RowSums {
 template <int kChannels, bool kWhole>
 __device__ inline void load_part(const float* from, int dim, int lane, float (&x)[kChannels]) {
   if constexpr (kWhole && kChannels == 2) {
-    *reinterpret_cast<float2*>(x) = reinterpret_cast<const float2*>(from)[lane];
+    *reinterpret_cast<float2*>(x) = __ldcg(reinterpret_cast<const float2*>(from) + lane);
   } else if constexpr (kWhole) {
 #pragma unroll
     for (int k = 0; k < kChannels; k += 4) {
       *reinterpret_cast<float4*>(x + k) =
-          *reinterpret_cast<const float4*>(from + kChannels * lane + k);
+          __ldcg(reinterpret_cast<const float4*>(from + kChannels * lane + k));
     }
   } else {
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
-      x[k] = lane + 32 * k < dim ? from[lane + 32 * k] : 0.0f;
-    }
-  }
-}
-
-// Parts begin .. end - 1, whose offsets and weights the lanes have, added to `out`.
-template <int kChannels, bool kWhole>
-__device__ inline void sum_parts(const float* slots, std::uint32_t offset, float weight, int begin,
-                                 int end, int dim, int lane, float (&out)[kChannels]) {
-  constexpr int kTogether = 32 / kChannels;  // loads under way
-#pragma unroll 1
-  for (int i = begin; i < end; i += kTogether) {
-    float x[kTogether][kChannels];
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const float* from = slots + __shfl_sync(kFullWarp, offset, min(i + j, end - 1));
-      load_part<kChannels, kWhole>(from, dim, lane, x[j]);
-    }
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const float part = __shfl_sync(kFullWarp, weight, min(i + j, end - 1));
-      const float factor = i + j < end ? part : 0.0f;
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) out[k] = fmaf(factor, x[j][k], out[k]);
+      x[k] = lane + 32 * k < dim ? __ldcg(from + lane + 32 * k) : 0.0f;
     }
   }
 }
@@ -121,35 +106,23 @@ __device__ inline void sum_parts(const float* slots, std::uint32_t offset, float
 // Adds parts `first` .. + 31 of the packed and then the exact ones.
 template <int kChannels, bool kWhole>
 __device__ inline void add_parts(const CudaAttendCall& call, const DecodePlan& plan,
-                                 const DecodeRow& from, int first, int lane,
-                                 RowSums<kChannels, kWhole>& row) {
-  const DecodeParts& packed = from.packed;
-  const DecodeParts& exact = from.exact;
-  const int column = from.column;
+                                 const DecodeLine& line, const ItemParts& from, int column,
+                                 int first, int lane, RowSums<kChannels, kWhole>& row) {
+  constexpr int kTogether = 16 / kChannels;  // loads under way
   const int dim = call.layout.head_dim;
   const int index = first + lane;
-  const bool is_packed = index < packed.count;
-  const DecodeParts parts{
-      is_packed ? packed.kind : exact.kind, is_packed ? packed.from : exact.from,
-      is_packed ? packed.last : exact.last, is_packed ? packed.merged : exact.merged,
-      is_packed ? packed.count : exact.count};
-  const int own = part_slot(plan, from.line, parts, is_packed ? index : index - packed.count);
+  const bool is_packed = index < from.packed.count;
+  const DecodeParts& packed_parts = from.packed;
+  const DecodeParts& exact_parts = from.exact;
+  const DecodeParts parts{is_packed ? packed_parts.kind : exact_parts.kind,
+                          is_packed ? packed_parts.from : exact_parts.from,
+                          is_packed ? packed_parts.last : exact_parts.last,
+                          is_packed ? packed_parts.merged : exact_parts.merged,
+                          is_packed ? packed_parts.count : exact_parts.count};
+  const int own = part_slot(plan, line, parts, is_packed ? index : index - from.packed.count);
   const float* slot = slot_of(call, plan, own);
-  const float max = own >= 0 ? slot[plan.slot_columns * dim + column] : -INFINITY;
-  const float sum = own >= 0 ? slot[plan.slot_columns * (dim + 1) + column] : 0.0f;
-  float most = max;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, step));
-  }
-  row.raise(most);
-  const float weight = exp2_fast(max - row.max);
-  float total = weight * sum;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(kFullWarp, total, step);
-  row.sum += total;
-  const int count = min(packed.count + exact.count - first, 32);
-  const int split = packed.count < first ? 0 : min(packed.count - first, count);
+  const float most = own >= 0 ? __ldcg(slot + plan.slot_columns * dim + column) : kNothing;
+  const float sum = own >= 0 ? __ldcg(slot + plan.slot_columns * (dim + 1) + column) : 0.0f;
   // A part that is not there has weight 0; in its place some other part is read, which is finite.
   const unsigned there = __ballot_sync(kFullWarp, own >= 0);
   if (there == 0) return;
@@ -157,9 +130,36 @@ __device__ inline void add_parts(const CudaAttendCall& call, const DecodePlan& p
   const std::uint32_t offset = static_cast<std::uint32_t>(own >= 0 ? own : known) *
                                    static_cast<std::uint32_t>(plan.slot_floats) +
                                static_cast<std::uint32_t>(column * dim);
-  const float* slots = workspace_of(call).slots;
-  sum_parts<kChannels, kWhole>(slots, offset, weight, 0, split, dim, lane, row.packed);
-  sum_parts<kChannels, kWhole>(slots, offset, weight, split, count, dim, lane, row.exact);
+  const int count = min(from.packed.count + from.exact.count - first, 32);
+  const int split = max(from.packed.count - first, 0);
+  float x[kTogether][kChannels];
+  const auto load = [&](int begin) {
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const std::uint32_t at = __shfl_sync(kFullWarp, offset, min(begin + j, count - 1));
+      load_part<kChannels, kWhole>(slots_of(call, plan) + at, dim, lane, x[j]);
+    }
+  };
+  load(0);  // beside the maxima
+  row.raise(max_over_lanes(most));
+  const float weight = own >= 0 ? exp2_fast(most - row.max) : 0.0f;
+  row.sum += sum_over_lanes(weight * sum);
+#pragma unroll 1
+  for (int begin = 0; begin < count; begin += kTogether) {
+    if (begin > 0) load(begin);
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int i = begin + j;
+      const float part = __shfl_sync(kFullWarp, weight, min(i, count - 1));
+      const float packed = i < min(split, count) ? part : 0.0f;
+      const float exact = i >= split && i < count ? part : 0.0f;
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) {
+        row.packed[k] = fmaf(packed, x[j][k], row.packed[k]);
+        row.exact[k] = fmaf(exact, x[j][k], row.exact[k]);
+      }
+    }
+  }
 }
 
 // The inverse of V's rotation: Hadamard, then the signs.
@@ -192,7 +192,7 @@ __device__ inline void unrotate(int dim, int lane, float (&x)[kChannels]) {
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) {
     const int channel = Row::channel(lane, k);
-    x[k] = flip_sign(x[k] * norm, kSignBits.words[channel / 32 % (kMaxHeadDim / 32)], channel % 32);
+    x[k] = flip_sign(x[k] * norm, sign_word<kChannels>(channel / 32), channel % 32);
   }
 }
 
@@ -232,91 +232,41 @@ __device__ inline void store_row(const CudaAttendCall& call, int token, int q_he
   }
 }
 
-// The sequence that has token `token`, found by a whole warp in steps of 32 candidates.
-__device__ inline int sequence_of_token(const Batch& batch, int token, int lane) {
-  int low = 0;
-  int count = batch.size;
-  while (count > 1) {
-    const int step = (count + 31) / 32;
-    const int b = low + lane * step;
-    const bool starts = lane * step < count && batch.query_start[b] <= token;
-    const int before = max(__popc(__ballot_sync(kFullWarp, starts)) - 1, 0) * step;
-    low += before;
-    count = min(step, count - before);
-  }
-  return low;
-}
-
-__device__ inline DecodeRow find_row(const CudaAttendCall& call, const DecodePlan& plan,
-                                     const DecodeSequence& s, int token, int q_head, int lane,
-                                     bool alone) {
-  DecodeRow row{};
-  DecodeStart start;
-  if (alone) {
-    DecodeSums before;
-    row.line = decode_line(plan, add_sequences(call, plan, 0, lane, before).units);
-    start = {__shfl_sync(kFullWarp, before.units, s.b), __shfl_sync(kFullWarp, before.kinds, s.b)};
-  } else {
-    const StoredLine stored = *workspace_of(call).line;
-    row.line = {stored.units, stored.each, stored.rest, plan.warps, plan.inverse};
-    start = workspace_of(call).starts[s.b];
-  }
-  if (s.queries == 0) return row;
-  const int kv_head = q_head / plan.group;
-  const int column = (token - s.first_row) * plan.group + q_head - kv_head * plan.group;
-  const int item = kv_head * s.blocks + (column >> plan.column_shift);
-  const int unit = start.unit + item * s.item_units();
+template <class S>
+__device__ inline ItemParts find_parts(const DecodePlan& plan, const WarpState<S>& state,
+                                       int lane) {
+  const DecodeSequence& s = state.item.sequence;
+  const DecodeLine& line = state.line;
+  const int unit = state.next - state.units - state.begin;  // first of the item
   const int middle = unit + s.exact_units;
   const int end = middle + s.packed_units;
-  const int kind = start.kind + 2 * item;
-  // The warps of four units, a lane each.
+  const int kind = state.kind / 2 * 2;
+  // The warps of four units, a lane each. A kind without units has no first or last one: any unit
+  // will do.
   const int which = lane % 4;
   const int edge = which == 0 ? unit : which == 1 ? middle - 1 : which == 2 ? middle : end - 1;
-  // A kind without units has no first or last one: any unit will do.
-  const int owner = row.line.owner(min(max(edge, 0), row.line.units - 1));
-  row.exact = parts_of(plan, row.line, kind, s.exact_units, middle,
-                       __shfl_sync(kFullWarp, owner, 0), __shfl_sync(kFullWarp, owner, 1));
-  row.packed = parts_of(plan, row.line, kind + 1, s.packed_units, end,
-                        __shfl_sync(kFullWarp, owner, 2), __shfl_sync(kFullWarp, owner, 3));
-  row.column = column & (plan.columns - 1);
-  return row;
+  const int owner = line.owner(min(max(edge, 0), line.units - 1));
+  return {parts_of(plan, line, kind, s.exact_units, middle, __shfl_sync(kFullWarp, owner, 0),
+                   __shfl_sync(kFullWarp, owner, 1)),
+          parts_of(plan, line, kind + 1, s.packed_units, end, __shfl_sync(kFullWarp, owner, 2),
+                   __shfl_sync(kFullWarp, owner, 3))};
 }
 
-__device__ inline void wait_for_parts() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-
-// Grid: query heads / kCombineWarps x query tokens.
-template <int kChannels, bool kWhole>
-__global__ void __launch_bounds__(32 * kCombineWarps)
-    combine_decode(const __grid_constant__ CudaAttendCall call,
-                   const __grid_constant__ DecodePlan plan) {
+// The output of query column `column` of the item of `state`, if there is such a column.
+template <class S>
+__device__ inline void combine_column(const CudaAttendCall& call, const DecodePlan& plan,
+                                      const WarpState<S>& state, int column) {
+  constexpr int kChannels = S::kPad / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int q_head = static_cast<int>(blockIdx.x * kCombineWarps + threadIdx.x / 32);
-  const bool used = q_head < call.q.heads;
-  int token = static_cast<int>(blockIdx.y);
-  // Where the parts of a row are follows from what the call gave: of a batch that one scan takes it
-  // is known before the kernel that this one overlaps has ended.
-  const bool alone = call.batch.size <= 32;
-  if (!alone) wait_for_parts();
+  const DecodeColumn at = column_of(plan, state.item, column);
+  if (!at.used) return;
+  const ItemParts parts = find_parts(plan, state, lane);
+  RowSums<kChannels, S::kWhole> row{kNothing, 0.0f, {}, {}};
 #pragma unroll 1
-  while (used && token < call.q.tokens) {
-    const DecodeSequence s =
-        decode_sequence(call, plan, sequence_of_token(call.batch, token, lane));
-    const DecodeRow row_parts = find_row(call, plan, s, token, q_head, lane, alone);
-    wait_for_parts();
-    if (s.queries > 0) {
-      RowSums<kChannels, kWhole> row{-1e30f, 0.0f, {}, {}};
-#pragma unroll 1
-      for (int first = 0; first < row_parts.packed.count + row_parts.exact.count; first += 32) {
-        add_parts(call, plan, row_parts, first, lane, row);
-      }
-      store_row(call, token, q_head, lane, row);
-    }
-    token += static_cast<int>(gridDim.y);  // a grid has at most 65535 rows
+  for (int first = 0; first < parts.packed.count + parts.exact.count; first += 32) {
+    add_parts(call, plan, state.line, parts, column, first, lane, row);
   }
+  store_row(call, state.item.sequence.first_row + at.query, at.q_head, lane, row);
 }
 
 }  // namespace oscar::cuda

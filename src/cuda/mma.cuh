@@ -34,7 +34,25 @@ __device__ inline void mma_f16(float (&d)[4], std::uint32_t a0, std::uint32_t a1
         "f"(c[3]));
 }
 
-// The same of bf16, in place.
+// c += a b of bytes: a 16 x 32 (rows lane / 4 and + 8; columns 4 (lane % 4) .. + 3 and + 16), b
+// 32 x 8 unsigned.
+__device__ inline void mma_u8(int (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
+                              std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// With a signed.
+__device__ inline void mma_s8(int (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
+                              std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// As mma_f16, of bf16, in place.
 __device__ inline void mma_bf16(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
                                 std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -91,6 +109,17 @@ __device__ inline void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address)
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+// Adds to *at; what this thread's block or warp wrote before its last barrier is visible to who
+// sees the sum, and what others wrote before theirs to who is behind the next barrier here.
+__device__ inline int add_ordered(int* at, int x) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;\n"
+               : "=r"(before)
+               : "l"(at), "r"(x)
+               : "memory");
+  return before;
 }
 
 // The 128-byte line of an address to L2.

@@ -14,10 +14,19 @@
 
 namespace oscar::cuda {
 
+inline constexpr int kTileThreads = 2 * kWarp;
+
 // Place of a lane in its tile.
 struct TileLane {
   int lane;
   int warp;  // of the tile
+  int tile;  // of the block
+
+  [[nodiscard]] __device__ int thread() const { return kWarp * warp + lane; }
+  // A barrier of the tile's two warps; the whole block's is number 0.
+  __device__ void sync() const {
+    asm volatile("bar.sync %0, %1;" ::"r"(tile + 1), "n"(kTileThreads) : "memory");
+  }
 
   [[nodiscard]] __device__ int g() const { return lane / 4; }
   [[nodiscard]] __device__ int q() const { return lane % 4; }

@@ -74,10 +74,16 @@ __device__ inline const std::byte* row_address(const ConstRows& rows, int token,
 // Row `row` (ring_row or sink_row) of one sequence in the exact memory.
 __device__ inline std::byte* exact_address(const Layout& layout, const CacheView& cache, int b,
                                            Side side, int head, int row) {
-  const std::int64_t plane = static_cast<std::int64_t>(cache.slot[b]) * 2 + static_cast<int>(side);
-  const std::int64_t index = (plane * layout.kv_heads + head) * layout.exact_rows() + row;
-  return static_cast<std::byte*>(cache.exact) +
-         index * layout.head_dim * bytes_of(layout.exact_dtype);
+  const ExactPlace place = exact_place(layout, static_cast<std::int32_t>(side), row);
+  const std::int64_t slot =
+      cache.slot[static_cast<std::int64_t>(b) * layout.exact_blocks + place.block];
+  const std::int64_t stride =
+      cache.exact_stride == 0 ? layout.exact_block_bytes() : cache.exact_stride;
+  const int index =
+      (place.plane * layout.kv_heads + head) * static_cast<int>(layout.exact_block_rows()) +
+      place.row;
+  return static_cast<std::byte*>(cache.exact) + slot * stride +
+         static_cast<std::int64_t>(index) * layout.head_dim * bytes_of(layout.exact_dtype);
 }
 
 // Tile `tile` of sequence b through the block table; null where the table has no page for it.
@@ -90,6 +96,13 @@ __device__ inline std::uint8_t* tile_address(const Layout& layout, const CacheVi
   if (page < 0 || page >= cache.num_pages) return nullptr;
   const std::int64_t index = (page * layout.kv_heads + head) * per_page + tile % per_page;
   return cache.pages + index * layout.tile().tile_bytes();
+}
+
+// Feedback weights [head_dim][head_dim] of a KV head, or null.
+__device__ inline const std::uint16_t* head_feedback(const Layout& layout, const CacheView& cache,
+                                                     int head) {
+  if (cache.feedback == nullptr) return nullptr;
+  return cache.feedback + static_cast<std::int64_t>(head) * layout.head_dim * layout.head_dim;
 }
 
 // Row of token `token` (first .. end - 1 of the call, or an earlier one in the ring) with its
@@ -189,8 +202,6 @@ __device__ inline void copy_rows(const CudaAppendCall& call, const AppendSpan& s
   const Layout& layout = call.layout;
   const ConstRows& rows = side == Side::kKey ? call.k : call.v;
   const int chunks = layout.head_dim / kChunk;
-  std::byte* base = exact_address(layout, call.cache, span.b, side, head, 0);
-  const int row_bytes = layout.head_dim * bytes_of(layout.exact_dtype);
   const float limit = input_limit(rows.dtype);
 #pragma unroll 2
   for (int i = rank; i < (last - first) * chunks; i += stride) {
@@ -204,9 +215,9 @@ __device__ inline void copy_rows(const CudaAppendCall& call, const AppendSpan& s
     for (float& value : x) value = accepted(value, limit, &bad);
     if (bad) report_fault(call.fault, side, head, row);
     const int target = sinks ? sink_row(layout, token) : ring_row(layout, token);
-    store_chunk(
-        x, layout.exact_dtype,
-        base + static_cast<std::int64_t>(target) * row_bytes + at * bytes_of(layout.exact_dtype));
+    store_chunk(x, layout.exact_dtype,
+                exact_address(layout, call.cache, span.b, side, head, target) +
+                    at * bytes_of(layout.exact_dtype));
   }
 }
 

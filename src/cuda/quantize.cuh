@@ -22,9 +22,11 @@ struct Grid {
 
 // A K channel from its extremes over the tile.
 template <int kBits>
-__device__ inline float key_scale(float low, float high) {
-  constexpr float kShare = k_range_share(kBits) / static_cast<float>(max_code(kBits));
-  return kShare * (high - low);
+__device__ inline float key_scale(float low, float high, bool feedback) {
+  constexpr auto kSteps = static_cast<float>(max_code(kBits));
+  constexpr float kShares[2] = {k_range_share(kBits, false) / kSteps,
+                                k_range_share(kBits, true) / kSteps};
+  return (feedback ? kShares[1] : kShares[0]) * (high - low);
 }
 __device__ inline float middle(float low, float high) { return 0.5f * (high + low); }
 
@@ -58,9 +60,9 @@ __device__ inline float clamped(float x, float low, float high) {
   return fminf(fmaxf(x, low), high);
 }
 
-// Parameter byte of a K channel, and the grid that the stored parameters stand for.
+// Parameter byte of a K channel, and the grid and the scale that the stored parameters stand for.
 __device__ inline std::uint32_t key_params(float scale, float mid, Unit scale_unit, Unit mid_unit,
-                                           Grid* grid) {
+                                           Grid* grid, float* stored_scale) {
   const float i_s = scale_unit.value == 0.0f
                         ? 1.0f
                         : clamped(rintf(divide(scale, scale_unit)), 1.0f, kMaxScaleIndex);
@@ -70,6 +72,7 @@ __device__ inline std::uint32_t key_params(float scale, float mid, Unit scale_un
   const float stored = i_s * scale_unit.value;
   grid->mid = i_m * mid_unit.value;
   grid->inverse = stored == 0.0f ? 0.0f : reciprocal(stored);
+  *stored_scale = stored;
   return static_cast<std::uint32_t>(i_s) |
          static_cast<std::uint32_t>(static_cast<std::int32_t>(i_m) + kMaxMidIndex) << 4;
 }
@@ -116,6 +119,19 @@ __device__ inline std::uint32_t code_bits(float value, Grid stepped) {
       : "=f"(x)
       : "f"(value - stepped.mid), "f"(stepped.inverse), "f"(0.5f * kTop));
   return __float_as_uint(fminf(x, kTop) + __uint_as_float(kCodeMagicBits<kBits>));
+}
+
+// mid + scale (code - N / 2) - value, and code + kCodeMagicBits. stepped: as above, the scale times
+// 2^bits. Each operation is one of docs/format.md's times a power of two: the same bits.
+template <int kBits>
+__device__ inline float negative_error(float value, Grid stepped, float scale,
+                                       std::uint32_t* code) {
+  constexpr float kTop = max_code(kBits) * kCodeStep<kBits>;
+  const float magic = __uint_as_float(kCodeMagicBits<kBits>);
+  const float x = __saturatef((value - stepped.mid) * stepped.inverse + 0.5f * kTop);
+  const float rounded = fminf(x, kTop) + magic;
+  *code = __float_as_uint(rounded);
+  return stepped.mid + scale * (rounded - magic - 0.5f * kTop) - value;
 }
 
 // In the order of the format, for the path that is exact by construction.

@@ -3,12 +3,11 @@
 //
 // From scores to weights, online and in base 2: weight = 2^(score + log2(V scale) - max).
 //
-// `max` is a reference, not the maximum: it stands kRaise below the largest exponent when it was
-// set, and is moved only when a weight of a tile reaches 2^13, which fp16 still holds. So most
-// tiles touch no sum, and weights down to 2^-32 of the largest are not lost to fp16.
+// The weights of a group of packed tiles are 16-bit integers relative to the group's own maximum,
+// so the largest is 65535; the group's sums then meet the running ones, which stand relative to the
+// maximum of all groups so far. Exact tokens have one running maximum and weights in floating
+// point.
 #pragma once
-
-#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -18,7 +17,8 @@
 
 namespace oscar::cuda {
 
-inline constexpr float kRaise = 8.0f;
+// Finite, so that a difference of two is never NaN, and below every score.
+inline constexpr float kNothing = -1e30f;
 
 // cap tanh(score / cap) in units of log2, from turn = 2 log2(e) / cap. tanh(x) = 1 - 2 / (1 +
 // e^2x): tanh.approx is too coarse for a cap of 30 or 50.
@@ -26,24 +26,147 @@ __device__ inline float soft_capped(float score, float cap, float turn) {
   return cap - __fdividef(2.0f * cap, 1.0f + exp2_fast(turn * score));
 }
 
-// Which elements of scores[block][half][i] the query of a column may see: token
-// first + g + 8 (2 half + i / 2) from bounds[column].x up to bounds[column].y - 1.
-template <class S>
-__device__ inline void mask_scores(const Lane& lane, const int2* bounds, int first,
-                                   float (&scores)[S::kBlocks][2][4]) {
+// Over the lanes that share query columns.
+__device__ inline float max_over_tokens(float x) {
 #pragma unroll
-  for (int n = 0; n < S::kBlocks; ++n) {
+  for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
+  return x;
+}
+
+__device__ inline float max_over_lanes(float x) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int2 bound = bounds[8 * n + 2 * lane.c + j];
+  for (int step = 1; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
+  return x;
+}
+__device__ inline float sum_over_lanes(float x) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = first + lane.g + 8 * i;
-        if (token < bound.x || token >= bound.y) scores[n][i / 2][i % 2 * 2 + j] = -INFINITY;
-      }
-    }
+  for (int step = 1; step < 32; step *= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  return x;
+}
+
+// One column's running maximum and the lanes' sums, into a partial result.
+__device__ inline void store_softmax(const DecodePlan& plan, const Lane& lane, int head_dim,
+                                     int column, float max, float sum, float* partial) {
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+  if (lane.g == 0 && column < plan.slot_columns) {
+    partial[plan.slot_columns * head_dim + column] = max;
+    partial[plan.slot_columns * (head_dim + 1) + column] = sum;
   }
 }
+
+// Sums over the packed tokens of a segment, for the columns of a lane: weights relative to 2^max.
+template <class S>
+struct DecodeSoftmax {
+  float max[S::kLaneColumns];
+  float sum[S::kLaneColumns];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int j = 0; j < S::kLaneColumns; ++j) {
+      max[j] = kNothing;
+      sum[j] = 0.0f;
+    }
+  }
+};
+
+// What a group's integer sums and the sums so far are multiplied by before they meet.
+template <class S>
+struct GroupFactors {
+  float added[S::kLaneColumns];
+  float kept[S::kLaneColumns];
+
+  [[nodiscard]] __device__ bool any_kept_less() const {
+    bool less = false;
+#pragma unroll
+    for (const float factor : kept) less |= factor < 1.0f;
+    return __any_sync(kFullWarp, less);
+  }
+};
+
+// exponents[tile][column of the lane][i]: of token g + 8 i, -infinity where there is none.
+template <class S>
+using GroupExponents = float[kGroupTiles][S::kLaneColumns][4];
+
+// Operand B of token quads 2 c and 2 c + 1 from the weights of tokens g + 8 i, integers in the low
+// 16 bits: even MMA columns have their high bytes, odd ones the low bytes.
+__device__ inline void transpose_weights(const std::uint32_t (&integers)[4],
+                                         std::uint32_t (&weights)[2]) {
+  const std::uint32_t first =
+      transpose_8x8(__byte_perm(integers[0], integers[1], 0x4051));  // high, high, low, low
+  const std::uint32_t second = transpose_8x8(__byte_perm(integers[2], integers[3], 0x4051));
+  weights[0] = __byte_perm(first, second, 0x5410);
+  weights[1] = __byte_perm(first, second, 0x7632);
+}
+
+inline constexpr float kMostWeight = 65535.0f;
+inline constexpr float kMostWeightLog2 = 15.99997798605273f;
+
+// The weights of a group; warp: what its tiles were unpacked to.
+template <class S, bool kPlain>
+__device__ inline void weigh_group(const Lane& lane, const char* warp, const GroupTiles& tiles,
+                                   const GroupExponents<S>& exponents, DecodeSoftmax<S>& softmax,
+                                   GroupFactors<S>& factors,
+                                   std::uint32_t (&weights)[kGroupTiles][S::kLaneColumns][2]) {
+  float reference[S::kLaneColumns], sums[S::kLaneColumns];
+#pragma unroll
+  for (int j = 0; j < S::kLaneColumns; ++j) {
+    float most = kNothing;
+#pragma unroll
+    for (int t = 0; t < kGroupTiles; ++t) {
+#pragma unroll
+      for (const float x : exponents[t][j]) most = fmaxf(most, x);
+    }
+    most = max_over_tokens(most);
+    const float raised = fmaxf(softmax.max[j], most);
+    factors.kept[j] = exp2_fast(softmax.max[j] - raised);
+    factors.added[j] = exp2_fast(most - raised) * (1.0f / kMostWeight);
+    softmax.max[j] = raised;
+    reference[j] = most - kMostWeightLog2;
+    sums[j] = 0.0f;
+  }
+#pragma unroll
+  for (int t = 0; t < kGroupTiles; ++t) {
+    if (!kPlain && !tiles.has(t)) {
+#pragma unroll
+      for (int j = 0; j < S::kLaneColumns; ++j) weights[t][j][0] = weights[t][j][1] = 0;
+      continue;
+    }
+    const float4 inverse = *reinterpret_cast<const float4*>(warp + t * S::kTileBytes +
+                                                            S::kInverseScales + 16 * lane.g);
+    const float inverses[4] = {inverse.x, inverse.y, inverse.z, inverse.w};
+#pragma unroll
+    for (int j = 0; j < S::kLaneColumns; ++j) {
+      std::uint32_t integers[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float weight = exp2_fast(exponents[t][j][i] - reference[j]);
+        sums[j] = fmaf(weight, inverses[i], sums[j]);
+        integers[i] = __float_as_uint(weight + 0x1p23f);
+      }
+      transpose_weights(integers, weights[t][j]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < S::kLaneColumns; ++j) {
+    softmax.sum[j] = fmaf(sums[j], factors.added[j], softmax.sum[j] * factors.kept[j]);
+  }
+}
+
+// Of exact tokens, for the columns 2 c and 2 c + 1 of each block.
+template <class S>
+struct ExactSoftmax {
+  float max[S::kBlocks][2];
+  float sum[S::kBlocks][2];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int n = 0; n < S::kBlocks; ++n) {
+      max[n][0] = max[n][1] = kNothing;
+      sum[n][0] = sum[n][1] = 0.0f;
+    }
+  }
+};
 
 template <class S>
 __device__ inline void cap_scores(float softcap, float (&scores)[S::kBlocks][2][4]) {
@@ -58,69 +181,22 @@ __device__ inline void cap_scores(float softcap, float (&scores)[S::kBlocks][2][
   }
 }
 
-// The factors by which sums must be scaled after `max` has been moved above these scores.
+// The factors by which sums must be scaled after `max` has been moved to these scores.
 template <class S>
-__device__ inline void raise_max(const float (&scores)[S::kBlocks][2][4], float raise,
-                                 DecodeSoftmax<S>& softmax, float (&factors)[S::kBlocks][2]) {
+__device__ inline void raise_max(const float (&scores)[S::kBlocks][2][4], ExactSoftmax<S>& softmax,
+                                 float (&factors)[S::kBlocks][2]) {
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      float most = fmaxf(fmaxf(scores[n][0][j], scores[n][0][2 + j]),
-                         fmaxf(scores[n][1][j], scores[n][1][2 + j]));
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) {
-        most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, step));
-      }
+      const float most = max_over_tokens(fmaxf(fmaxf(scores[n][0][j], scores[n][0][2 + j]),
+                                               fmaxf(scores[n][1][j], scores[n][1][2 + j])));
       const float old = softmax.max[n][j];
-      softmax.max[n][j] = fmaxf(old, most - raise);
+      softmax.max[n][j] = fmaxf(old, most);
       factors[n][j] = exp2_fast(old - softmax.max[n][j]);
       softmax.sum[n][j] *= factors[n][j];
     }
   }
-}
-
-template <class S>
-struct TileWeights {
-  float exact[S::kBlocks][2][4];         // as the scores
-  std::uint32_t rounded[S::kBlocks][4];  // fp16: tokens g + 8 i, columns 2 c and 2 c + 1
-
-  __device__ void take(const float (&scores)[S::kBlocks][2][4], const DecodeSoftmax<S>& softmax) {
-#pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float (&two)[4] = exact[n][i / 2];
-        const int at = i % 2 * 2;
-        two[at] = exp2_fast(scores[n][i / 2][at] - softmax.max[n][0]);
-        two[at + 1] = exp2_fast(scores[n][i / 2][at + 1] - softmax.max[n][1]);
-        const __half2 pair = __floats2half2_rn(two[at], two[at + 1]);
-        rounded[n][i] = reinterpret_cast<const std::uint32_t&>(pair);
-      }
-    }
-  }
-  // Some weight is 2^13 or more (infinity included): its fp16 bits are 0x7000 or above.
-  [[nodiscard]] __device__ bool too_large() const {
-    std::uint32_t most = 0;
-#pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) {
-      most = __vimax3_u16x2(most, rounded[n][0], rounded[n][1]);
-      most = __vimax3_u16x2(most, rounded[n][2], rounded[n][3]);
-    }
-    return __any_sync(kFullWarp, ((most + 0x10001000u) & 0x80008000u) != 0);
-  }
-};
-
-// Operand B of token quads 2 c and 2 c + 1 from the weights of tokens g + 8 i.
-__device__ inline void transpose_weights(const std::uint32_t (&rounded)[4],
-                                         std::uint32_t (&weights)[2][2]) {
-  std::uint32_t t[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) t[i] = transpose_8x8(rounded[i]);
-  weights[0][0] = __byte_perm(t[0], t[2], 0x5410);
-  weights[0][1] = __byte_perm(t[1], t[3], 0x5410);
-  weights[1][0] = __byte_perm(t[0], t[2], 0x7632);
-  weights[1][1] = __byte_perm(t[1], t[3], 0x7632);
 }
 
 }  // namespace oscar::cuda

@@ -84,6 +84,7 @@ DeviceCache::DeviceCache(const CacheFixture& fixture)
       seq_len_(to_device(fixture.seq_len)),
       exact_from_(to_device(fixture.exact_from)),
       balance_(to_device(fixture.balance)),
+      feedback_(to_device(fixture.feedback)),
       view_{.pages = static_cast<std::uint8_t*>(pages_.data()),
             .num_pages = fixture.num_pages,
             .block_table = static_cast<const std::int32_t*>(block_table_.data()),
@@ -93,7 +94,8 @@ DeviceCache::DeviceCache(const CacheFixture& fixture)
             .slot = static_cast<const std::int32_t*>(slot_.data()),
             .seq_len = static_cast<const std::int32_t*>(seq_len_.data()),
             .exact_from = static_cast<const std::int32_t*>(exact_from_.data()),
-            .balance = static_cast<const float*>(balance_.data())} {}
+            .balance = static_cast<const float*>(balance_.data()),
+            .feedback = static_cast<const std::uint16_t*>(feedback_.data())} {}
 
 void DeviceCache::refresh(const CacheFixture& fixture) {
   seq_len_.upload(fixture.seq_len.data(), seq_len_.size());

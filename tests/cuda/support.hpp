@@ -69,7 +69,7 @@ class DeviceCache {
   [[nodiscard]] Memory exact() const;
 
  private:
-  DeviceMemory pages_, exact_, block_table_, slot_, seq_len_, exact_from_, balance_;
+  DeviceMemory pages_, exact_, block_table_, slot_, seq_len_, exact_from_, balance_, feedback_;
   CacheView view_;
 };
 

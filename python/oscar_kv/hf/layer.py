@@ -114,8 +114,7 @@ class OscarLayer(CacheLayerMixin):  # type: ignore[misc]
             balance=balance,
             device=key_states.device,
         )
-        if self.device.type == "cpu":
-            self.paged.feedback = self.shared.feedbacks.get(self.index)
+        self.paged.feedback = self.shared.feedbacks.get(self.index)
         if balance is None and self.shared.measure:
             self.queries = QueryStatistics()
 
@@ -257,9 +256,8 @@ class OscarLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         paged.balance = balance_factors(variance, query_ms)
         self.shared.balances[self.index] = paged.balance
-        if self.device.type == "cpu":
-            paged.feedback = feedback_factors(moment, paged.balance)
-            self.shared.feedbacks[self.index] = paged.feedback
+        paged.feedback = feedback_factors(moment, paged.balance)
+        self.shared.feedbacks[self.index] = paged.feedback
 
     # -- reading dense -------------------------------------------------------------------------
 
@@ -384,8 +382,9 @@ def _warn_dense() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            "the packed KV cache is being dequantised for an operation that cannot read it: "
-            "results are right, but slow. Call oscar_kv.enable(model) to attend on the codes.",
+            "the packed KV cache is being dequantised for an operation that cannot read it "
+            "(attention of a model without oscar_kv.enable, a mask over history that is not "
+            "causal): results are right, but slow.",
             UserWarning,
             stacklevel=3,
         )

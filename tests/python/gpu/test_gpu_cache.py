@@ -30,6 +30,11 @@ def pair(batch=1, head_dim=128, dtype=torch.bfloat16, **options):
     ]
 
 
+def feedback_weights(head_dim=128, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 * torch.randn((KV_HEADS, head_dim, head_dim), generator=generator).triu(1)
+
+
 def feed(caches, counts, seed=0):
     start = [0]
     for count in counts:
@@ -57,9 +62,12 @@ def assert_same(cpu, gpu):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("fmt", ["k2v2", "k4v2", "k4v4"])
-def test_bytes_are_those_of_the_cpu(fmt, head_dim, dtype):
+@pytest.mark.parametrize("fed", [False, True])
+def test_bytes_are_those_of_the_cpu(fed, fmt, head_dim, dtype):
     balance = torch.linspace(-2, 2, KV_HEADS * head_dim).exp2().view(KV_HEADS, head_dim)
     caches = pair(3, head_dim, dtype, format=fmt, balance=balance)
+    for cache in caches if fed else []:
+        cache.feedback = feedback_weights(head_dim)
     for step, counts in enumerate([[100, 0, 31], [1, 1, 1], [40, 200, 5], [1, 1, 1]]):
         feed(caches, counts, seed=10 * step)
     assert_same(*caches)
@@ -95,8 +103,22 @@ def _one_query(cache, q, k, v, i, scale):
     return torch.einsum("ht,thd->hd", scores.softmax(-1), values), scores.logsumexp(-1)
 
 
+def test_feedback_changes_the_keys_and_not_the_values():
+    _, plain = pair()
+    _, fed = pair()
+    fed.feedback = feedback_weights()
+    assert fed.feedback.device == fed.device
+    feed([plain, fed], [320])
+    keys, values = (x[..., :288, :] for x in plain.dequantize())
+    fed_keys, fed_values = (x[..., :288, :] for x in fed.dequantize())
+    assert not torch.equal(keys, fed_keys)
+    assert torch.equal(values, fed_values)
+
+
 def test_crop_and_select_as_on_the_cpu():
     caches = pair(3)
+    for cache in caches:
+        cache.feedback = feedback_weights()
     feed(caches, [70, 160, 200])
     for cache in caches:
         cache.select([2, 0, 0, 1])
@@ -162,9 +184,11 @@ def test_rows_that_are_not_aligned_are_copied():
     assert_same(*caches)
 
 
-def test_a_graph_of_a_step_can_be_replayed():
+@pytest.mark.parametrize("fed", [False, True])
+def test_a_graph_of_a_step_can_be_replayed(fed):
     """Replayed over the end of tiles and pages, with lengths that only the device knows."""
     _, eager = pair(2)
+    eager.feedback = feedback_weights() if fed else None
     feed([eager], [120, 40])
     replayed = copy.deepcopy(eager)
     replayed.reserve(300)

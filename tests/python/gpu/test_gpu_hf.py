@@ -59,6 +59,30 @@ def test_logits_are_those_of_the_cpu(models, pieces):
     assert (gpu - cpu).norm() <= 3e-2 * cpu.norm()
 
 
+def test_feedback_is_measured_on_the_gpu_as_on_the_cpu(models):
+    ids = prompt(1, 200)
+    _, cpu = logits_by_pieces(models[0], ids, [200])
+    _, gpu = logits_by_pieces(models[1], ids, [200])
+    assert gpu.shared.feedbacks.keys() == cpu.shared.feedbacks.keys() != set()
+    for layer, expected in cpu.shared.feedbacks.items():
+        found = gpu.shared.feedbacks[layer]
+        assert found.device.type == "cuda"
+        # Weights of fp32 queries whose products the two devices add in other orders.
+        torch.testing.assert_close(found.cpu(), expected, atol=2e-3, rtol=2e-2)
+    again = OscarCache(
+        models[1].config,
+        balance=oscar_kv.Balance.for_config(models[1].config, gpu.balances, gpu.shared.feedbacks),
+    )
+    with torch.no_grad():
+        models[1](input_ids=ids.cuda(), past_key_values=again, use_cache=True)
+    for a, b in zip(again.layers, gpu.layers, strict=True):
+        assert torch.equal(a.paged.feedback, b.paged.feedback)
+        assert all(
+            torch.equal(x, y)
+            for x, y in zip(a.paged.dequantize(), b.paged.dequantize(), strict=True)
+        )
+
+
 def test_generate_with_padding(models):
     ids = prompt(3, 60)
     mask = torch.ones_like(ids)
