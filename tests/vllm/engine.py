@@ -1,0 +1,167 @@
+# SPDX-FileCopyrightText: 2026 The oscar-kv authors
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one vLLM engine in a process of its own and records what its model computed.
+
+A job is ``{"engine": {...}, "calls": [[{"tokens": [...], "max_tokens": n}, ...], ...]}``: the
+requests of a call run together, the calls one after the other. ``perturb`` among the engine's
+options multiplies each embedding by 1 plus so much noise: what rounding alone may do.
+
+The result holds, of each request, the tokens generated, the last hidden state of every position
+that was computed and the first position computed (after a prefix hit not 0). With several ranks the
+model is in other processes: instead of hidden states there are the log-probabilities of the
+prompt's tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+MODEL = Path(os.environ.get("OSCAR_VLLM_MODEL", "build/vllm-model")).resolve()
+
+
+def run(calls, timeout=900, **engine):
+    """The result of a job, run by this file in a new process."""
+    with tempfile.TemporaryDirectory() as folder:
+        job, result, log = (Path(folder) / name for name in ("job.json", "result.pt", "log"))
+        job.write_text(json.dumps({"engine": engine, "calls": calls}))
+        with log.open("w") as out:
+            done = subprocess.run(
+                [sys.executable, __file__, str(job), str(result)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            )
+        text = log.read_text()
+        if done.returncode:
+            raise RuntimeError(f"engine failed:\n{text[-4000:]}")
+        return SimpleNamespace(log=text, **torch.load(result))
+
+
+def kl(reference, other):
+    """KL divergence of the next-token distributions of two runs of one request, a position each.
+
+    Only positions that both computed.
+    """
+    both = ~(reference["hidden"][:, 0].isnan() | other["hidden"][:, 0].isnan())
+    head = _head()
+    parts = []
+    positions = both.nonzero().flatten().split(256)
+    for rows in positions:
+        p, q = (torch.log_softmax(x["hidden"][rows] @ head.T, -1) for x in (reference, other))
+        parts.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(parts)
+
+
+def logprobs(tokens, request):
+    """Log-probabilities of the prompt's tokens from the second on."""
+    if "logprobs" in request:
+        return request["logprobs"]
+    states = request["hidden"][: len(tokens) - 1]
+    parts = [torch.log_softmax(rows @ _head().T, -1) for rows in states.split(256)]
+    return torch.cat(parts).gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1)
+
+
+def _head():
+    from safetensors import safe_open
+
+    with safe_open(MODEL / "model.safetensors", framework="pt") as file:
+        name = "lm_head.weight" if "lm_head.weight" in file.keys() else "model.embed_tokens.weight"  # noqa: SIM118
+        return file.get_tensor(name).float()
+
+
+class Recorder:
+    """Collects hidden states by request and position from the model runner of this process."""
+
+    def __init__(self, llm):
+        worker = llm.llm_engine.model_executor.driver_worker
+        self.runner = getattr(worker, "worker", worker).model_runner
+        self.states = {}
+        self.runner.model.model.norm.register_forward_hook(self.take)
+
+    def take(self, module, arguments, output):
+        """One step: rows of the output belong to the requests in the order of the batch."""
+        batch = self.runner.input_batch
+        start = self.runner.query_start_loc.np
+        for i, name in enumerate(batch.req_ids):
+            first = int(batch.num_computed_tokens_cpu[i])
+            rows = output[0][int(start[i]) : int(start[i + 1])].detach().float()
+            self.states.setdefault(name, []).append((first, rows))
+
+    def hidden(self, name):
+        """[positions, hidden_size], NaN where nothing was computed, and the first position."""
+        parts = next(v for k, v in self.states.items() if k == name or k.startswith(name + "-"))
+        length = max(first + rows.shape[0] for first, rows in parts)
+        result = torch.full((length, parts[0][1].shape[1]), torch.nan)
+        for first, rows in parts:
+            result[first : first + rows.shape[0]] = rows
+        return result, min(first for first, _ in parts)
+
+
+def main(job_path, result_path):
+    """Runs the job in this process."""
+    from vllm import LLM
+
+    job = json.loads(Path(job_path).read_text())
+    options = {"dtype": "float32", "max_model_len": 8192, "enforce_eager": True, "seed": 0}
+    perturb = job["engine"].pop("perturb", 0.0)
+    llm = LLM(str(MODEL), disable_log_stats=False, **{**options, **job["engine"]})
+    recorder = Recorder(llm) if job["engine"].get("tensor_parallel_size", 1) == 1 else None
+    if perturb:
+        weight = recorder.runner.model.model.embed_tokens.weight
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            weight.mul_(1 + perturb * noise)
+    core = llm.llm_engine.engine_core.engine_core
+    pool = core.scheduler.kv_cache_manager.block_pool
+    free, results = pool.get_num_free_blocks(), []
+    for call in job["calls"]:
+        results += generate(llm, call, recorder)
+    preemptions = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
+    cache = llm.llm_engine.vllm_config.cache_config
+    torch.save(
+        {
+            "requests": results,
+            "preemptions": int(sum(preemptions)),
+            "blocks": cache.num_gpu_blocks,
+            "block_size": cache.block_size,
+            "leaked": free - pool.get_num_free_blocks(),
+        },
+        result_path,
+    )
+
+
+def generate(llm, call, recorder):
+    """One call: what is recorded of each request."""
+    from vllm import SamplingParams, TokensPrompt
+
+    settings = {"temperature": 0, "ignore_eos": True}
+    if recorder is None:
+        settings["prompt_logprobs"] = 0
+    outputs = llm.generate(
+        [TokensPrompt(prompt_token_ids=request["tokens"]) for request in call],
+        [SamplingParams(max_tokens=request["max_tokens"], **settings) for request in call],
+        use_tqdm=False,
+    )
+    results = []
+    for output in outputs:
+        result = {"tokens": list(output.outputs[0].token_ids)}
+        if recorder is None:
+            of_tokens = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+            result["logprobs"] = torch.tensor([at[token].logprob for token, at in of_tokens])
+        else:
+            result["hidden"], result["first"] = recorder.hidden(output.request_id)
+        results.append(result)
+    return results
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,176 @@
+# SPDX-FileCopyrightText: 2026 The oscar-kv authors
+# SPDX-License-Identifier: Apache-2.0
+"""A real engine with a real model on the CPU: what may change the results, and what may not.
+
+Weights in float32. Two runs of one text differ by rounding (matrix products in other shapes, sums
+in another order), and a cache of few bits turns a difference of 1e-6 into a quantisation step
+wherever a value lies between two codes. So runs are compared by the KL divergence of their
+next-token distributions, and the measure is what such noise does by itself: a run of the same
+requests whose embeddings are off by 1e-6.
+"""
+
+import engine
+import pytest
+import torch
+from oscar_kv.vllm.spec import REPLAY
+from texts import prompts
+
+LENGTHS = [300, 520, 700, 900, 450, 640, 800, 1024]
+PACKED = {"kv_cache_dtype": "oscar_k2v2"}
+COLD = {"enable_prefix_caching": False}
+NEW = 16
+MORE = 2  # times the noise that a run may be off by
+
+
+def requests(tokens):
+    return [{"tokens": prompt, "max_tokens": NEW} for prompt in tokens]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return prompts(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def exact(tokens):
+    """vLLM's own cache."""
+    return engine.run([[request] for request in requests(tokens)], **COLD)
+
+
+@pytest.fixture(scope="module")
+def alone(tokens):
+    """One request after the other, each prompt in one piece."""
+    return engine.run([[request] for request in requests(tokens)], **PACKED, **COLD)
+
+
+@pytest.fixture(scope="module")
+def noise(tokens, exact, alone):
+    """KL between two runs that differ by 1e-6 at the start."""
+    calls = [[request] for request in requests(tokens)]
+    found = divergence(tokens, alone, engine.run(calls, perturb=1e-6, **PACKED, **COLD))
+    print(f"KL of noise {found:.5f}, of packing {divergence(tokens, exact, alone):.5f}")
+    return found
+
+
+def divergence(tokens, a, b, first=64):
+    """Mean KL over the prompts' positions from `first` on."""
+    values = []
+    for prompt, x, y in zip(tokens, a.requests, b.requests, strict=True):
+        cut = [{"hidden": run["hidden"][: len(prompt)]} for run in (x, y)]
+        values.append(engine.kl(*cut)[first:])
+    return torch.cat(values).mean().item()
+
+
+def test_packed_close_to_exact(tokens, exact, alone):
+    assert 0 < divergence(tokens, exact, alone) < 0.15
+    assert alone.block_size == 128 and alone.leaked == 0
+
+
+def test_in_a_batch_and_in_chunks(tokens, alone, noise):
+    together = engine.run([requests(tokens)], max_num_batched_tokens=256, **PACKED, **COLD)
+    found = divergence(tokens, alone, together)
+    print(f"KL of a batch in chunks {found:.5f}")
+    assert found < MORE * noise
+    assert together.preemptions == 0 and together.leaked == 0
+
+
+def test_preempted(tokens, alone, noise):
+    few = {"num_gpu_blocks_override": 42, "max_model_len": 2048}
+    pressed = engine.run([requests(tokens)], **few, **PACKED, **COLD)
+    assert pressed.preemptions > 0 and pressed.leaked == 0
+    found = divergence(tokens, alone, pressed)
+    print(f"KL with {pressed.preemptions} preemptions {found:.5f}")
+    assert found < MORE * noise
+
+
+def test_prefix_hits(tokens, exact, alone, noise):
+    # Each text twice; the second time all of its whole blocks are found, and of these the last 64
+    # tokens are computed again.
+    calls = [[request] for request in requests(tokens)]
+    twice = engine.run(calls + calls, **PACKED)
+    cold, warm = (type(twice)(requests=part) for part in halves(twice.requests))
+    for prompt, request in zip(tokens, warm.requests, strict=True):
+        assert request["first"] == (len(prompt) - 1) // 128 * 128 - REPLAY
+    assert divergence(tokens, alone, cold) < MORE * noise
+    found = type(twice)(requests=[after(x, x["first"] + REPLAY) for x in warm.requests])
+    cost = divergence(tokens, exact, found, 0)
+    usual = divergence(tokens, only(exact, found), only(alone, found), 0)
+    print(f"KL after a hit {cost:.4f}, of the same positions from cold {usual:.4f}")
+    assert cost < 1.5 * usual
+    assert twice.leaked == 0
+
+
+def halves(items):
+    middle = len(items) // 2
+    return items[:middle], items[middle:]
+
+
+def after(request, first):
+    """The request without positions below `first`."""
+    hidden = request["hidden"].clone()
+    hidden[:first] = torch.nan
+    return {"hidden": hidden}
+
+
+def only(run, found):
+    """The positions that `found` has."""
+    requests = [
+        after(x, int((~y["hidden"][:, 0].isnan()).nonzero()[0]))
+        for x, y in zip(run.requests, found.requests, strict=True)
+    ]
+    return type(run)(requests=requests)
+
+
+def test_tensor_parallel(tokens, exact, alone):
+    # Three ranks: the model has three KV heads. Each holds the packed cache of its own head.
+    few = tokens[:2]
+    calls = [requests(few)]
+    ranks = engine.run(calls, tensor_parallel_size=3, timeout=1800, **PACKED, **COLD)
+    assert len(ranks.requests) == 2 and ranks.leaked == 0
+    for prompt, one, three, plain in zip(
+        few, alone.requests, ranks.requests, exact.requests, strict=False
+    ):
+        a, b, c = (engine.logprobs(prompt, run) for run in (one, three, plain))
+        print(f"logprob: ranks {(a - b).abs().mean():.4f}, packing {(a - c).abs().mean():.4f}")
+        assert (a - b).abs().mean() < 0.5 * (a - c).abs().mean()
+
+
+def test_formats_in_order(tokens, exact, alone):
+    few = tokens[:3]
+    calls = [[request] for request in requests(few)]
+    costs = [divergence(few, exact_of(exact, 3), exact_of(alone, 3))]
+    for name in ("oscar_k4v2", "oscar_k4v4"):
+        run = engine.run(calls, kv_cache_dtype=name, **COLD)
+        costs.append(divergence(few, exact_of(exact, 3), run))
+    assert costs[0] > 1.2 * costs[1] > 1.2 * 1.2 * costs[2] > 0
+
+
+def exact_of(run, count):
+    """The first requests of a run."""
+    return type(run)(requests=run.requests[:count])
+
+
+def test_capacity():
+    # 16 requests of 4096 tokens: pages and the four blocks of exact copies of each, against
+    # bfloat16 pages, in the same memory.
+    call = [[{"tokens": [1, 2, 3], "max_tokens": 1}]]
+    plain = engine.run(call, dtype="bfloat16", max_model_len=4096)
+    packed = engine.run(call, dtype="bfloat16", max_model_len=4096, **PACKED)
+    tokens, exact_copies = 128 * plain.blocks, 16 * 4
+    assert 128 * (packed.blocks - exact_copies) > 6.3 * tokens
+    assert f"KV cache size: {packed.blocks * 4096 // (4096 // 128 + 4):,} tokens" in packed.log
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"block_size": 64}, "block_size is 64"),
+        ({"kv_cache_dtype_skip_layers": ["3"]}, "kv_cache_dtype_skip_layers"),
+        ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager"),
+        ({"additional_config": {"oscar_kv": {"balanse": 1}}}, "unknown options \\['balanse'\\]"),
+        ({"hf_overrides": {"sliding_window": 64, "model_type": "mistral"}}, "sliding_window"),
+    ],
+)
+def test_refused_at_start(options, reason):
+    with pytest.raises(RuntimeError, match=reason):
+        engine.run([[{"tokens": [1], "max_tokens": 1}]], **PACKED, **options)
