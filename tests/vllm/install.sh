@@ -21,8 +21,7 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check)
   exit 1
 }
 [[ -x $venv/bin/pip ]] || "$python" -m venv "$venv"
-"${pip[@]}" install "$KERNELS" ||
-  "${pip[@]}" install "$KERNELS" --extra-index-url https://download.pytorch.org/whl/cpu
+"${pip[@]}" install "$KERNELS"
 # These come for CUDA: without them torch's operators load.
 "${pip[@]}" uninstall -y torchvision torchaudio torchcodec
 "${pip[@]}" install orjson pytest 'scikit-build-core>=0.11' 'nanobind>=2.9' 'cmake>=3.24' 'ninja>=1.11'
