@@ -23,7 +23,7 @@ VOCABULARY = 97
 PAD = 0
 
 # Wide initial weights: with the usual 0.02 attention is uniform, and an error in it invisible.
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "num_hidden_layers": 2,
     "initializer_range": 0.15,
@@ -34,7 +34,9 @@ _COMMON = {
 }
 
 
-def _sizes(hidden: int, q_heads: int, kv_heads: int, head_dim: int | None = None) -> dict[str, int]:
+def sizes_of(
+    hidden: int, q_heads: int, kv_heads: int, head_dim: int | None = None
+) -> dict[str, int]:
     sizes = {
         "hidden_size": hidden,
         "intermediate_size": 96,
@@ -44,25 +46,25 @@ def _sizes(hidden: int, q_heads: int, kv_heads: int, head_dim: int | None = None
     return sizes if head_dim is None else sizes | {"head_dim": head_dim}
 
 
-_MIXED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+MIXED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
 
 # name -> (class prefix, configuration)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", _sizes(128, 4, 2, 64)),
-    "qwen2": ("Qwen2", _sizes(256, 4, 2)),
-    "qwen3": ("Qwen3", _sizes(96, 4, 1, 128)),
+    "llama": ("Llama", sizes_of(128, 4, 2, 64)),
+    "qwen2": ("Qwen2", sizes_of(256, 4, 2)),
+    "qwen3": ("Qwen3", sizes_of(96, 4, 1, 128)),
     "gemma2": (
         "Gemma2",
-        _sizes(96, 4, 2, 64)
-        | _MIXED
+        sizes_of(96, 4, 2, 64)
+        | MIXED
         | {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 64},
     ),
-    "gemma3": ("Gemma3", _sizes(96, 2, 1, 256) | _MIXED | {"query_pre_attn_scalar": 256}),
-    "mistral": ("Mistral", _sizes(128, 2, 2, 64) | {"sliding_window": None}),
-    "phi3": ("Phi3", _sizes(192, 2, 2)),
+    "gemma3": ("Gemma3", sizes_of(96, 2, 1, 256) | MIXED | {"query_pre_attn_scalar": 256}),
+    "mistral": ("Mistral", sizes_of(128, 2, 2, 64) | {"sliding_window": None}),
+    "phi3": ("Phi3", sizes_of(192, 2, 2)),
     "gpt_oss": (
         "GptOss",
-        _sizes(128, 8, 2, 64) | _MIXED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        sizes_of(128, 8, 2, 64) | MIXED | {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
 }
 
@@ -73,7 +75,7 @@ def tiny(name: str, seed: int = 0, **changes: Any) -> Any:
     config_class = getattr(transformers, _class(prefix, "Config"))
     model_class = getattr(transformers, _class(prefix, "ForCausalLM"))
     torch.manual_seed(seed)
-    return model_class(config_class(**(_COMMON | sizes | changes))).eval()
+    return model_class(config_class(**(COMMON | sizes | changes))).eval()
 
 
 def _class(prefix: str, suffix: str) -> str:

@@ -9,31 +9,8 @@ from typing import Any
 
 import transformers
 from family import Built, Family
-from models import PAD, VOCABULARY, left_padded, prompt
+from models import COMMON, MIXED, left_padded, prompt, sizes_of
 
-# Wide initial weights: with the usual 0.02 attention is uniform, and an error in it invisible.
-_COMMON = {
-    "vocab_size": VOCABULARY,
-    "num_hidden_layers": 2,
-    "initializer_range": 0.15,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "tie_word_embeddings": False,
-}
-
-
-def _sizes(hidden: int, q_heads: int, kv_heads: int, head_dim: int | None = None) -> dict[str, int]:
-    sizes = {
-        "hidden_size": hidden,
-        "intermediate_size": 96,
-        "num_attention_heads": q_heads,
-        "num_key_value_heads": kv_heads,
-    }
-    return sizes if head_dim is None else sizes | {"head_dim": head_dim}
-
-
-_MIXED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 _LINEAR = {
@@ -96,45 +73,45 @@ _OPT = {
 
 # title -> (class prefix, configuration)
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama 2, 3.x": ("Llama", _sizes(128, 4, 2, 64)),
-    "Llama 4 (text)": ("Llama4Text", _sizes(128, 4, 2, 32) | _LLAMA4),
-    "Qwen2, Qwen2.5": ("Qwen2", _sizes(256, 4, 2)),
-    "Qwen2-MoE": ("Qwen2Moe", _sizes(128, 2, 1) | _EXPERTS | {"decoder_sparse_step": 1}),
-    "Qwen3": ("Qwen3", _sizes(96, 4, 1, 128)),
-    "Qwen3-MoE": ("Qwen3Moe", _sizes(128, 4, 2, 64) | _EXPERTS),
-    "Qwen3-Next": ("Qwen3Next", _sizes(128, 2, 1, 64) | _EXPERTS | _LINEAR),
-    "Mistral": ("Mistral", _sizes(128, 2, 2, 64) | {"sliding_window": None}),
-    "Ministral 3": ("Ministral3", _sizes(128, 4, 2, 64)),
-    "Mixtral": ("Mixtral", _sizes(128, 4, 2, 32) | {"num_local_experts": 4}),
+    "Llama 2, 3.x": ("Llama", sizes_of(128, 4, 2, 64)),
+    "Llama 4 (text)": ("Llama4Text", sizes_of(128, 4, 2, 32) | _LLAMA4),
+    "Qwen2, Qwen2.5": ("Qwen2", sizes_of(256, 4, 2)),
+    "Qwen2-MoE": ("Qwen2Moe", sizes_of(128, 2, 1) | _EXPERTS | {"decoder_sparse_step": 1}),
+    "Qwen3": ("Qwen3", sizes_of(96, 4, 1, 128)),
+    "Qwen3-MoE": ("Qwen3Moe", sizes_of(128, 4, 2, 64) | _EXPERTS),
+    "Qwen3-Next": ("Qwen3Next", sizes_of(128, 2, 1, 64) | _EXPERTS | _LINEAR),
+    "Mistral": ("Mistral", sizes_of(128, 2, 2, 64) | {"sliding_window": None}),
+    "Ministral 3": ("Ministral3", sizes_of(128, 4, 2, 64)),
+    "Mixtral": ("Mixtral", sizes_of(128, 4, 2, 32) | {"num_local_experts": 4}),
     "Gemma 2": (
         "Gemma2",
-        _sizes(96, 4, 2, 64)
-        | _MIXED
+        sizes_of(96, 4, 2, 64)
+        | MIXED
         | {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 64},
     ),
     "Gemma 3 (text)": (
         "Gemma3Text",
-        _sizes(96, 2, 1, 256) | _MIXED | {"query_pre_attn_scalar": 256},
+        sizes_of(96, 2, 1, 256) | MIXED | {"query_pre_attn_scalar": 256},
     ),
     "Gemma 3n (text)": ("Gemma3nText", _SHARED),
-    "Gemma 4 (text)": ("Gemma4Text", _sizes(96, 2, 1, 64) | _MIXED | _GEMMA4),
-    "Phi-2": ("Phi", _sizes(160, 2, 2)),
-    "Phi-3, Phi-4": ("Phi3", _sizes(192, 2, 2)),
-    "gpt-oss": ("GptOss", _sizes(128, 8, 2, 64) | _MIXED | _GPT_OSS),
-    "OLMo 2": ("Olmo2", _sizes(128, 2, 1)),
-    "OLMo 3": ("Olmo3", _sizes(128, 2, 1) | _MIXED),
-    "SmolLM 3": ("SmolLM3", _sizes(128, 4, 2) | {"no_rope_layers": [1, 0]}),
-    "GLM-4": ("Glm4", _sizes(128, 4, 2, 32)),
-    "GLM-4.5 (MoE)": ("Glm4Moe", _sizes(128, 2, 1, 64) | _GLM_MOE),
-    "Granite": ("Granite", _sizes(128, 4, 1)),
-    "Granite 4 (hybrid)": ("GraniteMoeHybrid", _sizes(128, 2, 1) | _MAMBA),
-    "Cohere 2": ("Cohere2", _sizes(128, 2, 1, 64) | _MIXED | {"logit_scale": 1.0}),
-    "EXAONE 4": ("Exaone4", _sizes(128, 4, 2, 32) | _MIXED),
-    "ERNIE 4.5": ("Ernie4_5", _sizes(128, 4, 2, 32)),
-    "HunYuan": ("HunYuanDenseV1", _sizes(128, 4, 2, 32)),
-    "Seed-OSS": ("SeedOss", _sizes(128, 4, 2, 32)),
-    "StableLM 2": ("StableLm", _sizes(160, 2, 1)),
-    "StarCoder 2": ("Starcoder2", _sizes(128, 2, 1) | {"sliding_window": None}),
+    "Gemma 4 (text)": ("Gemma4Text", sizes_of(96, 2, 1, 64) | MIXED | _GEMMA4),
+    "Phi-2": ("Phi", sizes_of(160, 2, 2)),
+    "Phi-3, Phi-4": ("Phi3", sizes_of(192, 2, 2)),
+    "gpt-oss": ("GptOss", sizes_of(128, 8, 2, 64) | MIXED | _GPT_OSS),
+    "OLMo 2": ("Olmo2", sizes_of(128, 2, 1)),
+    "OLMo 3": ("Olmo3", sizes_of(128, 2, 1) | MIXED),
+    "SmolLM 3": ("SmolLM3", sizes_of(128, 4, 2) | {"no_rope_layers": [1, 0]}),
+    "GLM-4": ("Glm4", sizes_of(128, 4, 2, 32)),
+    "GLM-4.5 (MoE)": ("Glm4Moe", sizes_of(128, 2, 1, 64) | _GLM_MOE),
+    "Granite": ("Granite", sizes_of(128, 4, 1)),
+    "Granite 4 (hybrid)": ("GraniteMoeHybrid", sizes_of(128, 2, 1) | _MAMBA),
+    "Cohere 2": ("Cohere2", sizes_of(128, 2, 1, 64) | MIXED | {"logit_scale": 1.0}),
+    "EXAONE 4": ("Exaone4", sizes_of(128, 4, 2, 32) | MIXED),
+    "ERNIE 4.5": ("Ernie4_5", sizes_of(128, 4, 2, 32)),
+    "HunYuan": ("HunYuanDenseV1", sizes_of(128, 4, 2, 32)),
+    "Seed-OSS": ("SeedOss", sizes_of(128, 4, 2, 32)),
+    "StableLM 2": ("StableLm", sizes_of(160, 2, 1)),
+    "StarCoder 2": ("Starcoder2", sizes_of(128, 2, 1) | {"sliding_window": None}),
     "OPT": ("OPT", _OPT),
     "GPT-NeoX, Pythia": (
         "GPTNeoX",
@@ -145,7 +122,7 @@ _STATEFUL = {"Qwen3-Next", "Granite 4 (hybrid)"}
 
 
 def _make(prefix: str, sizes: dict[str, Any]) -> Built:
-    config = getattr(transformers, prefix + "Config")(**(_COMMON | sizes))
+    config = getattr(transformers, prefix + "Config")(**(COMMON | sizes))
     model = getattr(transformers, prefix.removesuffix("Text") + "ForCausalLM")(config)
 
     def batch() -> dict[str, Any]:
