@@ -79,7 +79,7 @@ def test_scores_of_such_queries_err_less(format: str) -> None:
         errors.append(((read[0] - k.transpose(0, 1)) @ q.transpose(1, 2)).square().mean())
         if feedback is None:
             plain = values
-    assert errors[1] < 0.6 * errors[0]
+    assert errors[1] < 0.65 * errors[0]
     assert torch.equal(values, plain), "V has no feedback"
 
 
