@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The packed format with each step before quantisation on or off.
 
-The arithmetic is that of the format's torch twin: with all steps on it reads as the packed cache,
-so an error reported for "without X" differs from the format's own error by X alone.
+The arithmetic is that of the format's torch twin: with all steps on it reads as the packed cache
+without error feedback, so an error reported for "without X" differs from that by X alone.
 """
 
 from __future__ import annotations
