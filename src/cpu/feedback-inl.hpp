@@ -78,11 +78,11 @@ inline FedChannels load_channels(const float* columns, int c) {
   for (int i = begin; i < end; ++i) add_error(errors, i, weights, c, channels);
 }
 
-// Channels c .. c + 3 are rounded, and `next` become the four behind them, which have the errors
-// of all before c.
+// Channels c .. c + 3 are rounded; meanwhile `next`, the four behind them, get the errors of all
+// channels up to c + 3. behind: weights for `next`, null where c .. c + 3 are the last.
 template <int kBits>
 [[gnu::always_inline]] inline void feed_channels(int c, const KeyParams& params,
-                                                 const FedWeights& panel, const FedWeights& behind,
+                                                 const FedWeights& panel, const FedWeights* behind,
                                                  FedErrors& errors, FedChannels& now,
                                                  FedChannels& next, Vi (&codes)[kFedVectors]) {
   constexpr float kMiddle = 0.5f * static_cast<float>(max_code(kBits));
@@ -104,10 +104,12 @@ template <int kBits>
       now.z[k][w] = mid + scale * (to_float(code) - splat(kMiddle)) - z;
       store(errors.at[c + k] + w * kLanes, now.z[k][w]);
     }
-    add_errors(errors, c / 4 * k, c / 4 * (k + 1), behind, after, next);
+    if (behind == nullptr) continue;
+    add_errors(errors, c / kFedChannels * k, c / kFedChannels * (k + 1), *behind, after, next);
   }
+  if (behind == nullptr) return;
 #pragma GCC unroll 4
-  for (int k = 0; k < kFedChannels; ++k) add_error(errors, c + k, behind, after, next);
+  for (int k = 0; k < kFedChannels; ++k) add_error(errors, c + k, *behind, after, next);
 }
 
 // Codes of kFedTokens positions, packed as pack_keys does.
@@ -121,12 +123,14 @@ inline void pack_fed_positions(const std::uint16_t* feedback, int head_dim, cons
   FedChannels next = load_channels(columns, 0);
   Vi word[kFedVectors] = {splat_int(0), splat_int(0)};
   for (int c = 0; c < head_dim; c += kFedChannels) {
-    const int after = c + kFedChannels < head_dim ? c + kFedChannels : c;
+    const int after = c + kFedChannels;
     const FedWeights& panel = panels[c / kFedPanel % 2];
-    FedWeights& behind = panels[after / kFedPanel % 2];
-    if (after % kFedPanel == 0) load_weights(feedback, head_dim, after, behind);
+    FedWeights* behind = after < head_dim ? &panels[after / kFedPanel % 2] : nullptr;
     FedChannels now = next;
-    next = load_channels(columns, after);
+    if (behind != nullptr) {
+      if (after % kFedPanel == 0) load_weights(feedback, head_dim, after, *behind);
+      next = load_channels(columns, after);
+    }
     Vi codes[kFedVectors];
     feed_channels<kBits>(c, params, panel, behind, errors, now, next, codes);
     const int group = c % kPerWord / kFedChannels;
