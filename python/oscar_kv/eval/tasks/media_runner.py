@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...balance import Balance
 from .media import make_inputs
-from .runner import EXACT, Answer, cache_bits, known_formats
+from .runner import EXACT, Answer, cache_bits, checked_formats, greedy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,12 +40,8 @@ class MediaRunner:
     ) -> None:
         from ...hf.install import decoder_of
 
-        known = known_formats()
-        for name in formats:
-            if name not in known:
-                raise ValueError(f"format is {name!r}, must be one of {', '.join(known)}")
+        self.formats = checked_formats(formats)
         self.model, self.processor = decoder_of(model), processor
-        self.formats = list(dict.fromkeys(formats))
         self.settings: dict[str, Any] = {"window": window, "sinks": sinks, "balance": balance}
 
     def run(
@@ -60,20 +56,11 @@ class MediaRunner:
         """(text of the answer, Answer) of each of `formats` (None: all of them)."""
         inputs = make_inputs(self.model, self.processor, text, images, sounds)
         prompt = inputs["input_ids"].shape[1]
-        pad = self.model.generation_config.pad_token_id
         answers = {}
         for name in self.formats if formats is None else formats:
             cache = self._cache(name)
             out = self.model.generate(
-                **inputs,
-                past_key_values=cache,
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=1.0,
-                top_p=1.0,
-                top_k=50,
-                pad_token_id=0 if pad is None else pad,
+                **inputs, past_key_values=cache, **greedy(self.model, new_tokens)
             )
             tokens = out[0, prompt:].tolist()
             said = self.processor.decode(tokens, skip_special_tokens=True)

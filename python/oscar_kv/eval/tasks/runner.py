@@ -37,6 +37,29 @@ def known_formats() -> list[str]:
     return [EXACT, *_core.formats()]
 
 
+def checked_formats(formats: Sequence[str]) -> list[str]:
+    """`formats` without repeats; ValueError for one that is not of `known_formats`."""
+    known = known_formats()
+    for name in formats:
+        if name not in known:
+            raise ValueError(f"format is {name!r}, must be one of {', '.join(known)}")
+    return list(dict.fromkeys(formats))
+
+
+def greedy(model: PreTrainedModel, new_tokens: int) -> dict[str, Any]:
+    """Arguments of ``generate`` for greedy answers, whatever the checkpoint would sample."""
+    pad = model.generation_config.pad_token_id
+    return {
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 50,
+        "pad_token_id": 0 if pad is None else pad,
+    }
+
+
 def local_balance(model: PreTrainedModel, encode: Callable[[str], Tensor]) -> Balance:
     """The balance of a model, measured on text that comes with Python.
 
@@ -69,12 +92,8 @@ class Runner:
         sinks: int = 4,
         balance: Balance | None = None,
     ) -> None:
-        known = known_formats()
-        for name in formats:
-            if name not in known:
-                raise ValueError(f"format is {name!r}, must be one of {', '.join(known)}")
+        self.formats = checked_formats(formats)
         self.model = model
-        self.formats = list(dict.fromkeys(formats))
         self.settings: dict[str, Any] = {"window": window, "sinks": sinks}
         self.balance = balance
 
@@ -145,19 +164,12 @@ class Runner:
         self, ids: Tensor, cache: Cache, new_tokens: int, stop: Any, options: dict[str, Any]
     ) -> Tensor:
         """ids and what follows them, [1, tokens]; greedy."""
-        pad = self.model.generation_config.pad_token_id
         out: Tensor = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            pad_token_id=0 if pad is None else pad,
             stopping_criteria=stop,
+            **greedy(self.model, new_tokens),
             **options,
         )
         return out
