@@ -6,8 +6,9 @@
 //
 //   attend_bench [shape ...]      shape: batch x tokens [x head_dim [x group [x queries]]]
 //
-// Every call starts with a cold L2 (a buffer four times its size is written before it). One line a
-// shape: median us, bytes, GB/s, and the time over that of reading the bytes.
+// Every call is a replay of a captured graph and starts with a cold L2 (a buffer four times its size
+// is written before it). One line a shape: median us, bytes, GB/s, and the time over that of reading
+// the bytes.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -114,25 +115,42 @@ class Buffer {
   std::size_t bytes_;
 };
 
-// Median time of `work` in us, each run after the L2 was overwritten.
-double median_us(const Buffer& flush, const std::function<void()>& work, bool cold = true) {
+// `work`, given the stream, as a graph: what a serving engine replays.
+cudaGraphExec_t captured(cudaStream_t stream, const std::function<void(cudaStream_t)>& work) {
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  work(stream);
+  check(cudaStreamEndCapture(stream, &graph));
+  check(cudaGraphInstantiate(&exec, graph, 0));
+  check(cudaGraphDestroy(graph));
+  return exec;
+}
+
+// Median time in us of one replay of `work`, each after the L2 was overwritten.
+double median_us(const Buffer& flush, const std::function<void(cudaStream_t)>& work,
+                 bool cold = true) {
+  cudaStream_t stream;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const cudaGraphExec_t graph = captured(stream, work);
   cudaEvent_t start, stop;
   check(cudaEventCreate(&start));
   check(cudaEventCreate(&stop));
   std::vector<float> times;
   for (int i = 0; i < kRuns + 3; ++i) {
-    if (cold) check(cudaMemsetAsync(flush.as<void>(), i, flush.size()));
-    check(cudaEventRecord(start));
-    work();
-    check(cudaEventRecord(stop));
+    if (cold) check(cudaMemsetAsync(flush.as<void>(), i, flush.size(), stream));
+    check(cudaEventRecord(start, stream));
+    check(cudaGraphLaunch(graph, stream));
+    check(cudaEventRecord(stop, stream));
     check(cudaEventSynchronize(stop));
     float ms = 0.0f;
     check(cudaEventElapsedTime(&ms, start, stop));
     if (i >= 3) times.push_back(1000.0f * ms);
   }
-  cudaEventDestroy(start);
-  cudaEventDestroy(stop);
-  check(cudaGetLastError());
+  check(cudaEventDestroy(start));
+  check(cudaEventDestroy(stop));
+  check(cudaGraphExecDestroy(graph));
+  check(cudaStreamDestroy(stream));
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
 }
@@ -187,7 +205,7 @@ struct Case {
     return start;
   }
 
-  void attend() const {
+  void attend(cudaStream_t stream) const {
     const oscar::CacheView cache{.pages = pages.as<std::uint8_t>(),
                                  .num_pages = num_pages,
                                  .block_table = block_table.as<std::int32_t>(),
@@ -212,7 +230,7 @@ struct Case {
     const oscar::Status status = oscar::cuda::attend(
         layout, cache, {shape.batch, query_start.as<std::int32_t>()}, q, k, v, options,
         {out.as<void>(), DType::kBF16, query_tokens, q_heads(), q_heads() * dim, dim}, nullptr,
-        workspace.as<void>(), workspace.size(), shape.queries, nullptr);
+        workspace.as<void>(), workspace.size(), shape.queries, stream);
     if (status.ok()) return;
     std::fprintf(stderr, "%s\n", status.message().c_str());
     std::exit(1);
@@ -242,20 +260,23 @@ void measure(const Shape& shape, const Buffer& flush) {
   double read = 1e30;
   for (const int blocks : {132 * 2, 132 * 4}) {
     read =
-        std::min(read, median_us(flush, [&] {
-                   read_only<8><<<blocks, 512>>>(data.pages.as<uint4>(), count, sink.as<uint4>());
+        std::min(read, median_us(flush, [&](cudaStream_t stream) {
+                   read_only<8><<<blocks, 512, 0, stream>>>(data.pages.as<uint4>(), count,
+                                                            sink.as<uint4>());
                  }));
     read =
-        std::min(read, median_us(flush, [&] {
-                   read_only<4><<<blocks, 512>>>(data.pages.as<uint4>(), count, sink.as<uint4>());
+        std::min(read, median_us(flush, [&](cudaStream_t stream) {
+                   read_only<4><<<blocks, 512, 0, stream>>>(data.pages.as<uint4>(), count,
+                                                            sink.as<uint4>());
                  }));
   }
-  const double copied = median_us(flush, [&] {
+  const double copied = median_us(flush, [&](cudaStream_t stream) {
     check(cudaMemcpyAsync(copy.as<void>(), data.pages.as<void>(),
-                          static_cast<std::size_t>(count) * 16, cudaMemcpyDeviceToDevice));
+                          static_cast<std::size_t>(count) * 16, cudaMemcpyDeviceToDevice, stream));
   });
-  const double time = median_us(flush, [&] { data.attend(); });
-  const double warm = median_us(flush, [&] { data.attend(); }, false);
+  const auto attend = [&](cudaStream_t stream) { data.attend(stream); };
+  const double time = median_us(flush, attend);
+  const double warm = median_us(flush, attend, false);
   std::printf(
       "%3d x %6d  D %3d  group %2d  queries %d  %s  %8.1f us  %8.1f MB  %6.0f GB/s  read %8.1f us  "
       "(%4.1f %% of the bound)  copy %8.1f us  warm L2 %8.1f us\n",

@@ -16,208 +16,188 @@
 
 #include "cuda/attend_segment.cuh"
 #include "cuda/combine.cuh"
+#include "cuda/plan_line.cuh"
 
 namespace oscar::cuda {
 
-// Sums the partial results of the warps in `members` for one column into `target`; by one warp.
-template <class S>
-__device__ inline void merge_column(const CudaAttendCall& call, const DecodePlan& plan,
-                                    const char* shared, unsigned members, int column,
-                                    float* target) {
-  constexpr int kWarps = S::warps(kArch);
-  constexpr int kStride = S::kWarpBytes / 4;
-  const int dim = S::head_dim(call);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const auto* partials = reinterpret_cast<const float*>(shared);
-  const int max_at = plan.slot_columns * dim + column;
-  const int sum_at = max_at + plan.slot_columns;
-  // Lane w: the weight of warp w.
-  const bool used = (members >> lane & 1) != 0;
-  const float max = used ? partials[lane * kStride + max_at] : kNothing;
-  const float most = max_over_lanes(max);
-  const float weight = used ? exp2_fast(max - most) : 0.0f;
-  float weights[kWarps];
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) weights[w] = __shfl_sync(kFullWarp, weight, w);
-  const float sum = sum_over_lanes(used ? weight * partials[lane * kStride + sum_at] : 0.0f);
-  if (lane == 0) {
-    target[max_at] = most;
-    target[sum_at] = sum;
-  }
-#pragma unroll 1
-  for (int at = column * dim + 4 * lane; at < (column + 1) * dim; at += 128) {
-    float4 total{};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      if ((members >> w & 1) == 0) continue;
-      const float4 x = *reinterpret_cast<const float4*>(partials + w * kStride + at);
-      total.x = fmaf(weights[w], x.x, total.x);
-      total.y = fmaf(weights[w], x.y, total.y);
-      total.z = fmaf(weights[w], x.z, total.z);
-      total.w = fmaf(weights[w], x.w, total.w);
-    }
-    *reinterpret_cast<float4*>(target + at) = total;
-  }
-}
-
-// The last segments of the warps of a block: kinds[w], -1 where warp w had no unit.
-template <class S>
-struct BlockEnd {
-  char* shared;
-  int* kinds;
-  int* complete;  // [warp]: its segment, merged, was the last one of its item
-
-  [[nodiscard]] __device__ WarpState<S>& state(int warp) const {
-    return *reinterpret_cast<WarpState<S>*>(shared + S::warps(kArch) * S::kWarpBytes +
-                                            warp * S::kStateBytes);
-  }
+// What a warp has at its end: of the item of its last segment, and of an item before that which
+// other warps have units of, too.
+struct WarpEnd {
+  ItemEnd tail;
+  ItemEnd head;
 };
 
+// The items that a block's warps have units of: columns in turn to its warps, to the output where
+// the block has all units, else to memory, and from there to the output if it was the last.
 template <class S>
-__device__ inline void merge_block(const CudaAttendCall& call, const DecodePlan& plan,
-                                   const BlockEnd<S>& block) {
+__device__ inline void end_block(const CudaAttendCall& call, const DecodePlan& plan,
+                                 const DecodeLine& line, const WarpEnd* ends) {
   constexpr int kWarps = S::warps(kArch);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int own = lane < kWarps ? block.kinds[lane] : -1;
-  const int units = own >= 0 ? block.state(lane).units : 0;
-  unsigned left = __ballot_sync(kFullWarp, own >= 0);
-  if (left == 0) return;  // the same in all warps
-  unsigned leads = 0;     // units of the kind whose first warp this is
+  const int lane = fresh_lane().index;
+  const int warp = fresh_warp();
+  const char* shared = warp_memory<S>() - warp * S::kWarpBytes;
+  const int warps = plan.block_warps;
+  const int tail = lane < warps ? ends[lane].tail.item : -1;
+  const int head = lane < warps ? ends[lane].head.item : -1;
+  unsigned tails = __ballot_sync(kFullWarp, tail >= 0);
+  unsigned heads = __ballot_sync(kFullWarp, head >= 0);
 #pragma unroll 1
-  for (int first = 0; left != 0; first += plan.slot_columns) {
-    const int leader = __ffs(static_cast<int>(left)) - 1;
-    const int kind = __shfl_sync(kFullWarp, own, leader);
-    const unsigned members = __ballot_sync(kFullWarp, own == kind);
-    float* target = slot_of(call, plan, plan.merged + static_cast<int>(blockIdx.x) + kind);
-    // Columns of all kinds in turn to the warps.
+  for (int first = 0; (tails | heads) != 0; first += plan.slot_columns) {
+    const int leader = __ffs(static_cast<int>(tails | heads)) - 1;
+    ItemEnd end = (heads >> leader & 1) != 0 ? ends[leader].head : ends[leader].tail;
+    const unsigned members = __ballot_sync(kFullWarp, tail == end.item);
+    const unsigned holders = __ballot_sync(kFullWarp, head == end.item);
+    tails &= ~members;
+    heads &= ~holders;
+    const ItemEnd& own =
+        (holders >> lane & 1) != 0 ? ends[lane % kWarps].head : ends[lane % kWarps].tail;
+    const bool has = ((members | holders) >> lane & 1) != 0;
+    end.done =
+        static_cast<int>(__reduce_add_sync(kFullWarp, static_cast<unsigned>(has ? own.done : 0)));
+    end.slots =
+        static_cast<int>(__reduce_or_sync(kFullWarp, static_cast<unsigned>(has ? own.slots : 0)));
 #pragma unroll 1
-    for (int column = (warp + kWarps - first % kWarps) % kWarps; column < plan.slot_columns;
-         column += kWarps) {
-      merge_column<S>(call, plan, block.shared, members, column, target);
-    }
-    const unsigned sum =
-        __reduce_add_sync(kFullWarp, own == kind ? static_cast<unsigned>(units) : 0u);
-    if (leader == warp) leads = sum;
-    left &= ~members;
-  }
-  __syncthreads();
-  if (lane == 0) {
-    block.complete[warp] =
-        leads > 0 && add_units<S>(call, block.state(warp), static_cast<int>(leads));
-  }
-  __syncthreads();
-  unsigned complete = __ballot_sync(kFullWarp, lane < kWarps && block.complete[lane % kWarps] != 0);
-#pragma unroll 1
-  for (int first = 0; complete != 0; first += S::kColumns, complete &= complete - 1) {
-    const int from = __ffs(static_cast<int>(complete)) - 1;
-#pragma unroll 1
-    for (int column = 0; column < S::kColumns; ++column) {
-      if ((first + column) % kWarps != warp) continue;
-      combine_column<S>(call, plan, block.state(from), column);
+    for (int column = warp >= first % warps ? warp - first % warps : warp - first % warps + warps;
+         column < plan.slot_columns; column += warps) {
+      RowSums<S> row = merge_column<S>(call, plan, shared, members, end, column, lane);
+      if (end.done != end.units) {
+        store_merged(call, plan, end.item, column, lane, row);
+        __syncwarp();
+        bool complete = false;
+        if (lane == 0) complete = add_units(call, plan, end, column);
+        if (!__any_sync(kFullWarp, complete)) continue;
+        row = combine_column<S>(call, plan, line, end, column, lane);
+      }
+      store_row(call, plan, end, column, lane, row);
     }
   }
 }
 
-// The segment in `state`.
+// The warp's segment, and the output of its item if that is all of it.
 template <class S>
 __device__ inline void attend_segment(const CudaAttendCall& call, const DecodePlan& plan,
-                                      const Lane& lane, char* warp, WarpState<S>& state) {
-  const DecodeSequence& s = state.item.sequence;
-  const int begin = state.begin;
-  const int end = begin + state.units;
-  const bool exact = begin < s.exact_units;
-  const bool is_last = state.next == state.last;
-  float* partial = is_last ? reinterpret_cast<float*>(warp) : slot_of(call, plan, state.kind);
-  if (exact) {
-    // Without the first of the units that stand for 32 tokens: an empty result.
-    const int weight = exact_weight(state.line.level);
-    attend_exact_any<S>(call, plan, lane, (begin + weight - 1) / weight,
-                        (end + weight - 1) / weight, warp, state, partial);
-  } else {
-    const int shift = tile_shift(state.line.level);
-    const int unit = (s.first_tile >> shift) - s.exact_units;
-    attend_packed_segment<S>(call, plan, lane, max((unit + begin) << shift, s.first_tile),
-                             min((unit + end) << shift, s.packed_high), warp, state, partial);
+                                      WarpEnd* ends) {
+  {
+    char* warp = warp_memory<S>();
+    const WarpState<S>& state = warp_state<S>(warp);
+    const DecodeSequence& s = state.item.sequence;
+    const int begin = state.begin;
+    const int end = begin + state.units;
+    const bool exact = begin < s.exact_units;
+    if (exact) [[unlikely]] {
+      // Without the first of the units that stand for 32 tokens: an empty result.
+      const int weight = exact_weight(state.level);
+      attend_exact_any<S>(call, plan, (begin + weight - 1) / weight, (end + weight - 1) / weight,
+                          warp);
+    } else {
+      const int shift = tile_shift(state.level);
+      const int unit = (s.first_tile >> shift) - s.exact_units;
+      attend_packed_segment<S>(call, plan, max((unit + begin) << shift, s.first_tile),
+                               min((unit + end) << shift, s.packed_high), warp);
+    }
   }
-  if (is_last) return;
+  char* warp = warp_memory<S>();
+  WarpState<S>& state = warp_state<S>(warp);
+  const DecodeSequence& s = state.item.sequence;
+  if (state.next == state.last) return;
+  const Lane lane = fresh_lane();
+  if (lane.index == 0) state.slots |= state.begin < s.exact_units ? 1 : 2;
   __syncwarp();
-  bool complete = false;
-  if (lane.index == 0) complete = add_units<S>(call, state, state.units);
-  if (!__any_sync(kFullWarp, complete)) return;
+  if (state.begin + state.units < s.item_units()) return;
+  const ItemEnd whole = end_of(state);
+  if (whole.done < whole.units) {
+    if (lane.index == 0) ends[fresh_warp()].head = whole;
+    return;
+  }
 #pragma unroll 1
-  for (int column = 0; column < S::kColumns; ++column) {
-    combine_column<S>(call, plan, state, column);
+  for (int column = 0; column < plan.slot_columns; ++column) {
+    RowSums<S> row = merge_column<S>(call, plan, warp, 0, whole, column, lane.index);
+    store_row(call, plan, whole, column, lane.index, row);
   }
 }
 
-// The units first .. last - 1 of the line; returns the kind of the last segment, -1 without one.
+// The next segment of `sequence` at `unit`, to state.
 template <class S>
-__device__ inline int attend_part(const CudaAttendCall& call, const DecodePlan& plan,
-                                  const DecodeSums* chunks, const DecodeScan& scan,
-                                  const DecodeLine& line, const Lane& lane, int number, char* warp,
-                                  WarpState<S>& state) {
-  int unit = line.start(number);
-  int last = line.start(number + 1);
-  if (unit >= last) return -1;
-  if (lane.index == 0) state.line = line;
+__device__ inline void set_segment(const CudaAttendCall& call, const DecodePlan& plan,
+                                   const DecodePlace& place, int unit, int last,
+                                   WarpState<S>& state) {
+  const DecodeSequence& s = place.sequence;
+  const int per_item = s.item_units();
+  const int at = unit - place.unit;
+  const int item = divide(at, per_item);
+  const int begin = at - item * per_item;
+  const int units = min(last - unit, (begin < s.exact_units ? s.exact_units : per_item) - begin);
+  const int kv_head = s.blocks == 1 ? item : divide(item, s.blocks);
+  state.item = {s, kv_head, (item - kv_head * s.blocks) * plan.columns};
+  const bool goes_on = begin > 0 && state.item_index == place.item + item;
+  state.done = goes_on ? state.done + units : units;
+  state.slots = goes_on ? state.slots : 0;
+  state.item_index = place.item + item;
+  state.begin = begin;
+  state.units = units;
+  state.next = unit + units;
+  state.last = last;
+  state.first_unit = place.unit;
+  state.first_item = place.item;
+}
+
+// The units part.x .. part.y - 1 of the line.
+template <class S>
+__device__ inline void attend_part(const CudaAttendCall& call, const DecodePlan& plan,
+                                   const PlanTable& table, LineScan& scan, int2 part,
+                                   WarpEnd* ends) {
+  int unit = part.x;
+  int last = part.y;
+  const int lane = fresh_lane().index;
+  if (lane == 0) {
+    WarpState<S>& state = warp_state<S>(warp_memory<S>());
+    state.level = scan.level;
+    state.item_index = -1;
+    WarpEnd& end = ends[fresh_warp()];
+    end.tail.item = end.head.item = -1;
+  }
+  if (unit >= last) return;
   __syncwarp();
-  DecodePlace place = find_unit(call, plan, chunks, scan, unit, lane.index);
+  DecodePlace place = find_unit(call, plan, table, scan, unit, lane);
 #pragma unroll 1
-  while (unit < last && place.b < call.batch.size) {
-    const DecodeSequence s = decode_sequence(call, plan, place.b, state.line.level);
-    const int per_item = s.item_units();
-    const int items = call.layout.kv_heads * s.blocks;
-    const int at = unit - place.start.unit;
-    if (at >= items * per_item) {
-      place = {place.b + 1, {place.start.unit + items * per_item, place.start.kind + 2 * items}};
+  while (unit < last) {
+    const int items = call.layout.kv_heads * place.sequence.blocks;
+    const int end = place.unit + items * place.sequence.item_units();
+    WarpState<S>& next = warp_state<S>(warp_memory<S>());
+    if (unit >= end) [[unlikely]] {
+      const int b = place.sequence.b + 1;
+      if (b >= call.batch.size) break;
+      place = {decode_sequence(call, plan, b, next.level), end, place.item + items};
       continue;
     }
-    const int item = at / per_item;
-    const int begin = at - item * per_item;
-    const bool exact = begin < s.exact_units;
-    const int units = min(last - unit, (exact ? s.exact_units : per_item) - begin);
-    if (lane.index == 0) {
-      state.item = {s, item / s.blocks, item % s.blocks * plan.columns};
-      state.kind = place.start.kind + 2 * item + (exact ? 0 : 1);
-      state.begin = begin;
-      state.units = units;
-      state.next = unit + units;
-      state.last = last;
-      state.b = place.b;
-      state.start = place.start;
-    }
+    if (fresh_lane().index == 0) set_segment(call, plan, place, unit, last, next);
     __syncwarp();
-    attend_segment<S>(call, plan, lane, warp, state);
+    attend_segment<S>(call, plan, ends);
+    const WarpState<S>& state = warp_state<S>(warp_memory<S>());
     unit = state.next;
     last = state.last;
-    place = {state.b, state.start};
+    place = {state.item.sequence, state.first_unit, state.first_item};
     __syncwarp();
   }
-  return state.kind;
+  if (fresh_lane().index == 0) ends[fresh_warp()].tail = end_of(warp_state<S>(warp_memory<S>()));
 }
 
 template <class S>
 __global__ void __launch_bounds__(32 * S::warps(kArch), 1)
     attend_decode(const __grid_constant__ CudaAttendCall call,
                   const __grid_constant__ DecodePlan plan) {
-  extern __shared__ __align__(128) char shared[];
-  __shared__ DecodeSums chunks[kMaxSharedChunks];
-  __shared__ int kinds[S::warps(kArch)];
-  __shared__ int complete[S::warps(kArch)];
-  static_assert(sizeof(WarpState<S>) <= S::kStateBytes);
-  const int index = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const Lane lane{index, index / 4, index % 4};
-  const BlockEnd<S> block{shared, kinds, complete};
-  const DecodeScan scan = plan_line(call, plan, chunks);
-  const DecodeLine line = decode_line(plan, scan.units, scan.level);
-  const int number = static_cast<int>(blockIdx.x) * S::warps(kArch) + warp;
-  const int kind = attend_part<S>(call, plan, chunks, scan, line, lane, number,
-                                  shared + warp * S::kWarpBytes, block.state(warp));
-  if (lane.index == 0) kinds[warp] = kind;
+  constexpr int kWarps = S::warps(kArch);
+  __shared__ PlanTable table;
+  __shared__ DecodeLine line;
+  __shared__ WarpEnd ends[kWarps];
+  prefetch_tables(call);
+  LineScan scan = plan_line(call, plan, table);
+  const DecodeLine own = decode_line(plan, scan.units, scan.items, scan.level);
+  if (threadIdx.x == 0) line = own;
+  attend_part<S>(call, plan, table, scan,
+                 own.part(static_cast<int>(blockIdx.x), fresh_warp(), plan.block_warps), ends);
   __syncthreads();
-  merge_block<S>(call, plan, block);
+  end_block<S>(call, plan, line, ends);
 }
 
 // Before attend_decode, which waits for it only where an item ends: no units are done.

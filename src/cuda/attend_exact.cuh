@@ -38,7 +38,7 @@ __device__ inline void set_exact_bounds(const CudaAttendCall& call, const Decode
   const int position = item.sequence.cached + at.query;
   tile.bounds[lane.index] =
       at.used ? make_int4(first_token(call, position), position,
-                          kTileTokens * decode_packed_tiles(call, item.sequence, position), 0)
+                          kTileTokens * packed_tiles_of(call, plan, item.sequence, at.query), 0)
               : make_int4(INT_MAX, 0, 0, 0);
 }
 
@@ -74,13 +74,11 @@ __device__ inline ExactRows exact_rows(const CudaAttendCall& call, const DecodeI
     return {row_address(call.k_new, row, item.kv_head), row_address(call.v_new, row, item.kv_head),
             call.k_new.dtype, call.v_new.dtype};
   }
-  const std::int64_t rows = layout.exact_rows();
   const int row = token < layout.sinks ? sink_row(layout, token) : ring_row(layout, token);
-  const std::int64_t index =
-      (std::int64_t{2} * s.slot * layout.kv_heads + item.kv_head) * rows + row;
-  const int bytes = layout.head_dim * bytes_of(layout.exact_dtype);
-  const auto* key = static_cast<const std::byte*>(call.cache.exact) + index * bytes;
-  return {key, key + layout.kv_heads * rows * bytes, layout.exact_dtype, layout.exact_dtype};
+  const auto address = [&](Side side) {
+    return exact_address(layout, call.cache, s.b, s.slot, side, item.kv_head, row);
+  };
+  return {address(Side::kKey), address(Side::kValue), layout.exact_dtype, layout.exact_dtype};
 }
 
 // Token `index` of the exact ones.
@@ -92,24 +90,14 @@ __device__ inline void prefetch_row(const std::byte* row, int bytes) {
   for (int at = 0; at < bytes; at += 128) prefetch_l2(row + at);
 }
 
-// All rows of a segment, and the query's, on their way at once: under load each wait for memory is
-// one for all the tiles that were asked for before.
-template <class S>
-__device__ inline void prefetch_exact(const CudaAttendCall& call, const DecodePlan& plan,
-                                      const DecodeItem& item, int first, int last,
-                                      const Lane& lane) {
-  const int dim = S::head_dim(call);
-  const DecodeColumn at = column_of(plan, item, lane.index % S::kColumns);
-  if (lane.index < S::kColumns && at.used) {
-    prefetch_row(row_address(call.q, item.sequence.first_row + at.query, at.q_head),
-                 dim * bytes_of(call.q.dtype));
-  }
-  const int end = min(kTileTokens * last, item.sequence.exact_tokens);
-  for (int i = kTileTokens * first + lane.index; i < end; i += 32) {
-    const ExactRows rows = exact_rows(call, item, exact_token(item.sequence, i));
-    prefetch_row(rows.key, dim * bytes_of(rows.key_type));
-    prefetch_row(rows.value, dim * bytes_of(rows.value_type));
-  }
+// The rows of exact token `index` on their way to L2: under load each wait for memory is one for
+// all the tiles that were asked for before.
+__device__ inline void prefetch_exact(const CudaAttendCall& call, const DecodeItem& item,
+                                      int index) {
+  if (index >= item.sequence.exact_tokens) return;
+  const ExactRows rows = exact_rows(call, item, exact_token(item.sequence, index));
+  prefetch_row(rows.key, call.layout.head_dim * bytes_of(rows.key_type));
+  prefetch_row(rows.value, call.layout.head_dim * bytes_of(rows.value_type));
 }
 
 // Lane t: the rows of exact token 32 unit + t.
@@ -177,6 +165,49 @@ __device__ inline void weigh_exact(const float (&scores)[S::kBlocks][2][4],
   }
 }
 
+// The rotation of V (sign, Hadamard), of the sums of one column: half h is channel
+// 64 (h / 8) + 8 g + h % 8. So all parts of an item are sums of the same basis.
+template <class S>
+__device__ inline void rotate_halves(const CudaAttendCall& call, const Lane& lane,
+                                     float (&x)[S::kPad / 8]) {
+  constexpr int kHalves = S::kPad / 8;
+  const int block = hadamard_block(S::head_dim(call));
+  const float norm = rsqrtf(static_cast<float>(block));
+#pragma unroll
+  for (int set = 0; set < kHalves / 8; ++set) {  // of 64 channels: two words of signs
+    const std::uint32_t low = sign_word<S::kPad / 32>(2 * set);
+    const std::uint32_t high = sign_word<S::kPad / 32>(2 * set + 1);
+    const std::uint32_t bits = (lane.g < 4 ? low : high) >> 8 * (lane.g % 4);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[8 * set + i] = flip_sign(x[8 * set + i] * norm, bits, i);
+  }
+  const auto butterflies = [&](int step) {
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      if ((h & step) != 0) continue;
+      const float a = x[h];
+      const float b = x[h + step];
+      x[h] = a + b;
+      x[h + step] = a - b;
+    }
+  };
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) {
+    if (step < block) butterflies(step);
+  }
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) {
+    if (2 * step >= block) continue;
+    const float sign = (lane.index & step) != 0 ? -1.0f : 1.0f;
+#pragma unroll
+    for (float& value : x) value = fmaf(sign, value, __shfl_xor_sync(kFullWarp, value, step));
+  }
+#pragma unroll
+  for (int step = 8; step < kHalves; step *= 2) {
+    if (8 * step < block) butterflies(step);
+  }
+}
+
 template <class S>
 __device__ inline void store_exact(const CudaAttendCall& call, const DecodePlan& plan,
                                    const Lane& lane, const ExactSums<S>& sums, float* partial) {
@@ -184,14 +215,19 @@ __device__ inline void store_exact(const CudaAttendCall& call, const DecodePlan&
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = 8 * n + 2 * lane.c + i % 2;
+    for (int j = 0; j < 2; ++j) {
+      float x[S::kPad / 8];
+#pragma unroll
+      for (int h = 0; h < S::kPad / 8; ++h) x[h] = sums.out[n][h / 2][h % 2 * 2 + j];
+      rotate_halves<S>(call, lane, x);
+      const int column = 8 * n + 2 * lane.c + j;
       if (column >= plan.slot_columns) continue;
 #pragma unroll
-      for (int r = 0; r < S::kPad / 16; ++r) {
-        const int half = 2 * r + i / 2;
-        const int channel = 64 * (half / 8) + 8 * lane.g + half % 8;
-        if (S::kWhole || channel < dim) partial[column * dim + channel] = sums.out[n][r][i];
+      for (int h = 0; h < S::kPad / 8; h += 4) {
+        const int channel = 64 * (h / 8) + 8 * lane.g + h % 8;
+        if (!S::kWhole && channel >= dim) continue;
+        *reinterpret_cast<float4*>(partial + column * dim + channel) =
+            make_float4(x[h], x[h + 1], x[h + 2], x[h + 3]);
       }
     }
   }

@@ -45,22 +45,16 @@ struct DecodeFetch {
   const std::uint8_t* pages;  // of the KV head's first tile, from chunk `lane` on
   std::uint32_t keys_at;      // where chunk `lane` of a section goes
   std::uint32_t values_at;
-  std::uint32_t* offsets;  // of this step's tiles, in 32 bytes
-  int next_page;           // of the next step's tile `lane`
 
-  // Entry of the block table for tile `tile`, the last one of the segment at most.
-  __device__ static int table_entry(const CudaAttendCall& call, const DecodePlan& plan, int tile) {
-    return plan.page_shift >= 0 ? tile >> plan.page_shift : tile / call.layout.tiles_per_page();
-  }
-  __device__ static int page_of(const CudaAttendCall& call, const DecodePlan& plan,
-                                const WarpState<S>& state, int tile) {
-    return call.cache
-        .block_table[state.item.sequence.b * call.cache.max_pages + table_entry(call, plan, tile)];
+  __device__ static const std::int32_t* page_of(const CudaAttendCall& call, const DecodePlan& plan,
+                                                const WarpState<S>& state, int tile) {
+    return call.cache.block_table + state.item.sequence.b * call.cache.max_pages +
+           plan.page_of(tile);
   }
   __device__ static std::uint32_t tile_offset(const CudaAttendCall& call, const DecodePlan& plan,
                                               int tile, int page) {
     const int per_page = call.layout.tiles_per_page();
-    const int within = tile - table_entry(call, plan, tile) * per_page;
+    const int within = tile - plan.page_of(tile) * per_page;
     const int valid = min(max(page, 0), static_cast<int>(call.cache.num_pages) - 1);
     const int index = valid * call.layout.kv_heads * per_page + within;
     return static_cast<std::uint32_t>(index) * static_cast<std::uint32_t>(tile_bytes(call) / 32);
@@ -82,25 +76,36 @@ struct DecodeFetch {
     pages = kept(call.cache.pages + head * tile_bytes(call) + 16 * lane.index);
     const std::uint32_t shared = shared_address(warp);
     keys_at = kept(shared + S::kKeys + 16 * swizzled_chunk(lane.index, kKeyRows));
-    values_at = kept(shared + S::kValues +
-                     16 * (kValueRows > 0 ? swizzled_chunk(lane.index, kValueRows) : lane.index));
-    offsets = reinterpret_cast<std::uint32_t*>(warp + S::kTileOffsets);
-    next_page = page_of(call, plan, state, min(group * kGroupTiles + lane.index, last - 1));
-    step(call, plan, state, lane, group, last);
+    if constexpr (kValueRows == kKeyRows) {
+      values_at = keys_at + (S::kValues - S::kKeys);
+    } else {
+      values_at = kept(shared + S::kValues +
+                       16 * (kValueRows > 0 ? swizzled_chunk(lane.index, kValueRows) : lane.index));
+    }
+    const int tile = min(group * kGroupTiles + lane.index, last - 1);
+    step(call, plan, state, lane, group, last, *page_of(call, plan, state, tile), warp);
   }
 
-  // To the tiles from `group` on, whose pages are known; the loads for the next step are used then.
-  __device__ void step(const CudaAttendCall& call, const DecodePlan& plan,
-                       const WarpState<S>& state, const Lane& lane, int group, int last) {
+  // To the tiles from `group` on, `page` being that of tile `lane` of them; the pages of the step
+  // after this are asked for.
+  __device__ static void step(const CudaAttendCall& call, const DecodePlan& plan,
+                              const WarpState<S>& state, const Lane& lane, int group, int last,
+                              int page, char* warp) {
     const int tile = group * kGroupTiles + lane.index;
-    offsets[lane.index] = tile_offset(call, plan, min(tile, last - 1), next_page);
+    reinterpret_cast<std::uint32_t*>(warp + S::kTileOffsets)[lane.index] =
+        tile_offset(call, plan, min(tile, last - 1), page);
     __syncwarp();
-    next_page = page_of(call, plan, state, min(tile + kStepTiles, last - 1));
+    cp_async_4(shared_address(warp) + S::kNextPages + 4 * lane.index,
+               page_of(call, plan, state, min(tile + kStepTiles, last - 1)));
+  }
+  __device__ static int next_page(const Lane& lane, const char* warp) {
+    return reinterpret_cast<const int*>(warp + S::kNextPages)[lane.index];
   }
 
   // Chunk `lane` of the tiles of the group that starts `first` tiles after the step's first.
-  __device__ void group_tiles(int first, const std::uint8_t* (&tiles)[kGroupTiles]) const {
-    const uint4 four = *reinterpret_cast<const uint4*>(offsets + first);
+  __device__ void group_tiles(const char* warp, int first,
+                              const std::uint8_t* (&tiles)[kGroupTiles]) const {
+    const uint4 four = *reinterpret_cast<const uint4*>(warp + S::kTileOffsets + 4 * first);
     tiles[0] = pages + 32 * static_cast<std::uint64_t>(four.x);
     tiles[1] = pages + 32 * static_cast<std::uint64_t>(four.y);
     tiles[2] = pages + 32 * static_cast<std::uint64_t>(four.z);
@@ -115,7 +120,7 @@ struct DecodeFetch {
     const std::uint32_t tails = shared_address(warp) + S::kTails + 16 * lane.index;
     static_assert(S::kTailBytes <= 512);
     const std::uint8_t* tiles[kGroupTiles];
-    group_tiles(first, tiles);
+    group_tiles(warp, first, tiles);
 #pragma unroll
     for (int t = 0; t < kGroupTiles; ++t) {
       if (t < begin || t >= end) continue;
@@ -126,10 +131,10 @@ struct DecodeFetch {
   }
 
   // V codes of the same tiles.
-  __device__ void values(const CudaAttendCall& call, const Lane& lane, int first, int begin,
-                         int end) const {
+  __device__ void values(const CudaAttendCall& call, const Lane& lane, const char* warp, int first,
+                         int begin, int end) const {
     const std::uint8_t* tiles[kGroupTiles];
-    group_tiles(first, tiles);
+    group_tiles(warp, first, tiles);
 #pragma unroll
     for (int t = 0; t < kGroupTiles; ++t) {
       if (t < begin || t >= end) continue;

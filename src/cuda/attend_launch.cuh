@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <climits>
 
 #include "cuda/attend_decode.cuh"
 
@@ -48,11 +49,20 @@ inline int slot_floats(const Layout& layout, int slot_columns) {
   return (slot_columns * (layout.head_dim + 2) + 3) / 4 * 4;
 }
 
+// Of few items a multiprocessor, fewer warps: memory is kept as busy by their tiles, and each waits
+// less. Of many items a warp does one after the other, and others have to fill its pauses.
+template <class S>
+int block_warps(const CudaAttendCall& call, const Device& device) {
+  const std::int64_t items = static_cast<std::int64_t>(call.batch.size) * call.layout.kv_heads;
+  const int most = S::warps(device.arch);
+  return items > 2 * device.multiprocessors ? most : std::min(most, 8);
+}
+
 // The second launch starts without waiting for the first.
 template <class S>
 void launch_kernels(const CudaAttendCall& call, const DecodePlan& plan, const Device& device,
                     cudaStream_t stream) {
-  const int shared = S::block_bytes(device.arch);
+  const int shared = plan.block_warps * S::kWarpBytes;
   cudaFuncSetAttribute(attend_decode<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   clear_tickets<<<1, 256, 0, stream>>>(reinterpret_cast<uint4*>(call.workspace),
                                        static_cast<int>(plan.slots_offset / sizeof(uint4)));
@@ -74,24 +84,23 @@ void launch(const CudaAttendCall& call, cudaStream_t stream) {
   const Device device = current_device();
   DecodePlan plan{};
   plan.group = call.q.heads / call.layout.kv_heads;
+  plan.group_inverse =
+      ((1u << 16) + static_cast<unsigned>(plan.group) - 1) / static_cast<unsigned>(plan.group);
   plan.columns = S::kColumns;
   plan.column_shift = std::countr_zero(static_cast<unsigned>(S::kColumns));
-  plan.block_warps = S::warps(device.arch);
-  plan.block_inverse = ((1u << 20) + static_cast<unsigned>(plan.block_warps) - 1) /
-                       static_cast<unsigned>(plan.block_warps);
-  plan.warps = device.multiprocessors * plan.block_warps;
-  plan.inverse =
-      ((1ull << 40) + static_cast<unsigned>(plan.warps) - 1) / static_cast<unsigned>(plan.warps);
+  plan.block_warps = block_warps<S>(call, device);
+  plan.blocks = device.multiprocessors;
   plan.slot_columns =
       std::min(S::kColumns, plan.group * std::min(call.max_query_len, kMaxDecodeQueries));
   plan.slot_floats = slot_floats(call.layout, plan.slot_columns);
   plan.merged = static_cast<int>(
       most_kinds(call.layout, call.batch.size, call.q.tokens, call.q.heads, S::kColumns));
-  plan.slots_offset = static_cast<std::uint32_t>(ticket_bytes(plan.merged));
+  plan.slots_offset = static_cast<std::uint32_t>(ticket_bytes(plan.merged, plan.slot_columns));
   const int per_page = call.layout.tiles_per_page();
-  plan.page_shift = std::has_single_bit(static_cast<unsigned>(per_page))
-                        ? std::countr_zero(static_cast<unsigned>(per_page))
-                        : -1;
+  plan.page_inverse = static_cast<std::uint32_t>(
+      ((1ull << 32) + static_cast<unsigned>(per_page) - 1) / static_cast<unsigned>(per_page));
+  const std::int64_t reach = call.cache.num_pages > 0 ? call.cache.max_pages * per_page : 0;
+  plan.table_tiles = static_cast<int>(std::min<std::int64_t>(reach, INT_MAX));
   launch_kernels<S>(call, plan, device, stream);
 }
 

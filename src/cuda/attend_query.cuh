@@ -172,9 +172,11 @@ __device__ inline void load_rotated(const CudaAttendCall& call, const DecodePlan
     }
   }
 #pragma unroll
-  for (int i = 0; i < Part::kChannels; ++i) {
-    const std::uint32_t bits = sign_word<S::kPad / 32>(first / 32 + i / 32) >> first % 32;
-    x[i] = flip_sign(x[i], bits, i % 32);
+  for (int word = 0; word < Part::kChannels; word += 32) {
+    const std::uint32_t bits = sign_word<S::kPad / 32>((first + word) / 32) >> first % 32;
+#pragma unroll
+    for (int i = word; i < min(word + 32, Part::kChannels); ++i)
+      x[i] = flip_sign(x[i], bits, i - word);
   }
   hadamard<S>(hadamard_block(dim), lane, x);
 }

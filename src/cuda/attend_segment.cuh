@@ -24,7 +24,7 @@ __device__ inline void set_bounds(const CudaAttendCall& call, const DecodePlan& 
     const int position = s.cached + at.query;
     bounds[lane.index] =
         make_int2(max(first_token(call, position), call.layout.sinks),
-                  at.used ? kTileTokens * decode_packed_tiles(call, s, position) : 0);
+                  at.used ? kTileTokens * packed_tiles_of(call, plan, s, at.query) : 0);
   }
   const int first = max(first_token(call, s.cached), call.layout.sinks);
   const int last = max(first_token(call, s.cached + s.queries - 1), call.layout.sinks);
@@ -32,6 +32,7 @@ __device__ inline void set_bounds(const CudaAttendCall& call, const DecodePlan& 
   const bool capped = call.options.softcap > 0.0f;  // every tile has extra work
   if (lane.index == 0) {
     state.one = kOnes;
+    state.zero = 0;
     state.seen = single ? make_int2(first, kTileTokens * s.packed_low) : make_int2(0, INT_MAX);
     state.plain = capped   ? make_int2(INT_MAX, 0)
                   : single ? make_int2(0, INT_MAX)
@@ -121,37 +122,37 @@ __device__ inline void attend_group(const CudaAttendCall& call, const Lane& lane
   __syncwarp();
   add_group<S, kPlain>(call, lane, warp, tiles, weights, factors, sums);
   __syncwarp();
-  if (more) fetch.values(call, lane, step, 0, kGroupTiles);
-  cp_async_commit();
 }
 
 // Tiles first .. last - 1 of the item.
 template <class S>
 __device__ inline void attend_packed_segment(const CudaAttendCall& call, const DecodePlan& plan,
-                                             const Lane& lane, int first, int last, char* warp,
-                                             WarpState<S>& state, float* partial) {
+                                             int first, int last, char* warp) {
+  WarpState<S>& state = warp_state<S>(warp);
+  const Lane lane = fresh_lane();
   DecodeFetch<S> fetch;
   int group = first / kGroupTiles;
   int begin = first - group * kGroupTiles;
   int end = min(last - group * kGroupTiles, kGroupTiles);
   const RawQuery<S> raw = load_raw_query<S>(call, plan, state.item, lane);
   fetch.start(call, plan, state, lane, group, last, warp);
+  if (lane.index == 0) state.last_tile = last;
   fetch.keys(call, lane, warp, 0, begin, end);
   cp_async_commit();
   set_bounds<S>(call, plan, lane, state, reinterpret_cast<int2*>(warp + S::kBounds));
   DecodeQuery<S> query;
   load_query<S>(call, plan, lane, raw, state, query);
-  fetch.values(call, lane, 0, begin, end);
-  cp_async_commit();
   DecodeSoftmax<S> softmax;
   PackedSums<S> sums;
   softmax.clear();
   sums.clear();
 #pragma unroll 1
   for (int step = 0; end > 0; ++group, begin = 0) {
-    cp_async_wait<1>();  // the keys; the values are on their way
+    cp_async_wait<0>();  // the keys
     __syncwarp();
     const Lane here = fresh_lane();
+    fetch.values(call, here, warp, step, begin, end);
+    cp_async_commit();
     const int tile = group * kGroupTiles;
     const GroupTiles tiles{group, begin, end,
                            make_int2(max(state.seen.x, kTileTokens * (tile + begin)),
@@ -159,11 +160,12 @@ __device__ inline void attend_packed_segment(const CudaAttendCall& call, const D
     unpack_channels<S>(call, here, warp, tiles, state, query);
     unpack_tokens<S>(call, here, warp, tiles, state.log_unit);
     __syncwarp();
-    const int next_end = min(last - (group + 1) * kGroupTiles, kGroupTiles);
+    const int behind = state.last_tile;
+    const int next_end = min(behind - (group + 1) * kGroupTiles, kGroupTiles);
     step += kGroupTiles;
     if (step == kStepTiles) {
       step = 0;
-      fetch.step(call, plan, state, here, group + 1, last);
+      fetch.step(call, plan, state, here, group + 1, behind, fetch.next_page(here, warp), warp);
     }
     if (end - begin > 2 && tile + begin >= state.plain.x && tile + end <= state.plain.y) {
       attend_group<S, true>(call, here, warp, tiles, fetch, step, next_end > 0, query, softmax,
@@ -176,10 +178,12 @@ __device__ inline void attend_packed_segment(const CudaAttendCall& call, const D
   }
   cp_async_wait<0>();
   __syncwarp();
-  store_packed<S>(call, plan, lane, sums, partial);
+  const Lane here = fresh_lane(state.zero);
+  float* partial = partial_of<S>(call, plan, warp, 1);
+  store_packed<S>(call, plan, here, sums, partial);
 #pragma unroll
   for (int j = 0; j < S::kLaneColumns; ++j) {
-    store_softmax(plan, lane, S::head_dim(call), S::column(lane.c, j), softmax.max[j],
+    store_softmax(plan, here, S::head_dim(call), S::column(here.c, j), softmax.max[j],
                   softmax.sum[j], partial);
   }
   __syncwarp();
@@ -187,15 +191,15 @@ __device__ inline void attend_packed_segment(const CudaAttendCall& call, const D
 
 template <class S, class Math>
 __device__ inline void attend_exact_segment(const CudaAttendCall& call, const DecodePlan& plan,
-                                            const Lane& lane, int first, int last, char* warp,
-                                            const WarpState<S>& state, float* partial) {
+                                            int first, int last, char* warp) {
+  const WarpState<S>& state = warp_state<S>(warp);
+  const Lane start = fresh_lane();
   auto& tile = *reinterpret_cast<ExactTile<S>*>(warp);
-  prefetch_exact<S>(call, plan, state.item, first, last, lane);
   const std::byte* queries[S::kBlocks];
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
     // A column without a query takes the rows of the first: its scores are masked.
-    const DecodeColumn at = column_of(plan, state.item, 8 * n + lane.g);
+    const DecodeColumn at = column_of(plan, state.item, 8 * n + start.g);
     const DecodeColumn known = at.used ? at : column_of(plan, state.item, 0);
     queries[n] = row_address(call.q, state.item.sequence.first_row + known.query, known.q_head);
   }
@@ -203,21 +207,28 @@ __device__ inline void attend_exact_segment(const CudaAttendCall& call, const De
   ExactSums<S> sums;
   softmax.clear();
   sums.clear();
-  set_exact_bounds<S>(call, plan, state.item, lane, tile);
+  set_exact_bounds<S>(call, plan, state.item, start, tile);
 #pragma unroll 1
   for (int unit = first; unit < last; ++unit) {
+    const Lane lane = fresh_lane();
     __syncwarp();
     find_rows<S>(call, state.item, unit, lane.index, tile);
     __syncwarp();
     Math::fetch_values(call, lane, tile);
     float scores[S::kBlocks][2][4] = {};
-    Math::score(call, lane, tile, queries, scores);
+    Math::score(call, lane, tile, queries, scores, [&] {
+      if (unit + 1 < last) {
+        prefetch_exact(call, state.item, kTileTokens * (unit + 1) + lane.index);
+      }
+    });
     finish_exact_scores<S>(call, lane, tile, scores);
     float weights[S::kBlocks][2][4];
     weigh_exact<S>(scores, softmax, sums, weights);
     Math::add(call, lane, tile, weights, sums);
   }
   __syncwarp();
+  const Lane lane = fresh_lane();
+  float* partial = partial_of<S>(call, plan, warp, 0);
   store_exact<S>(call, plan, lane, sums, partial);
 #pragma unroll
   for (int i = 0; i < 2 * S::kBlocks; ++i) {
@@ -230,18 +241,17 @@ __device__ inline void attend_exact_segment(const CudaAttendCall& call, const De
 // One dtype for all rows is the rule; what else there is may be slower.
 template <class S>
 __device__ inline void attend_exact_any(const CudaAttendCall& call, const DecodePlan& plan,
-                                        const Lane& lane, int first, int last, char* warp,
-                                        const WarpState<S>& state, float* partial) {
+                                        int first, int last, char* warp) {
   const DType type = call.layout.exact_dtype;
   const bool uniform = call.q.dtype == type && call.k_new.dtype == type && call.v_new.dtype == type;
   if (uniform && type == DType::kBF16) {
     using Math = ExactHalf<S, DType::kBF16>;
-    attend_exact_segment<S, Math>(call, plan, lane, first, last, warp, state, partial);
+    attend_exact_segment<S, Math>(call, plan, first, last, warp);
   } else if (uniform && type == DType::kF16) {
     using Math = ExactHalf<S, DType::kF16>;
-    attend_exact_segment<S, Math>(call, plan, lane, first, last, warp, state, partial);
+    attend_exact_segment<S, Math>(call, plan, first, last, warp);
   } else {
-    attend_exact_segment<S, ExactAny<S>>(call, plan, lane, first, last, warp, state, partial);
+    attend_exact_segment<S, ExactAny<S>>(call, plan, first, last, warp);
   }
 }
 

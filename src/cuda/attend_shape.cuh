@@ -21,9 +21,9 @@
 
 namespace oscar::cuda {
 
-// Shared memory that one block may use, without 4 KiB for static arrays and the system.
+// Shared memory that one block may use, without 12 KiB for static arrays and the system.
 __host__ __device__ constexpr int shared_limit(int arch) {
-  return (arch >= 900 ? 227 : 163) * 1024 - 4096;
+  return (arch >= 900 ? 227 : 163) * 1024 - 12288;
 }
 
 // Of the code that is compiled; the host asks the device.
@@ -75,7 +75,8 @@ struct DecodeShape {
   static constexpr int kTileBytes = kMids + kTileTokens;
   static constexpr int kBounds = kGroupTiles * kTileBytes;     // int2 [column]
   static constexpr int kTileOffsets = kBounds + 8 * kColumns;  // DecodeFetch
-  static constexpr int kTails = kTileOffsets + 128;
+  static constexpr int kNextPages = kTileOffsets + 128;
+  static constexpr int kTails = kNextPages + 128;
   static constexpr int kKeys = (kTails + kGroupTiles * kTailBytes + 127) / 128 * 128;
   static constexpr int kValues = kKeys + kGroupTiles * kKeyBytes;
   static constexpr int kGroupBytes = kValues + kGroupTiles * kValueBytes;
@@ -84,22 +85,19 @@ struct DecodeShape {
   static constexpr int kExactTileBytes = (1024 + 160 * 8 * kBlocks + 127) / 128 * 128;
   static constexpr int kExactBytes = kExactTileBytes + kTileTokens * 2 * kPad;
   static constexpr int kMostBytes = kGroupBytes > kPartialBytes ? kGroupBytes : kPartialBytes;
-  static constexpr int kWarpBytes =
+  static constexpr int kState =  // WarpState
       ((kMostBytes > kExactBytes ? kMostBytes : kExactBytes) + 127) / 128 * 128;
-  static constexpr int kStateBytes = 256;
+  static constexpr int kWarpBytes = kState + 256;
 
-  // As many warps as registers allow and shared memory holds.
+  // As many warps as registers allow and shared memory holds: of more than 12 the loop would have
+  // too few registers, and what it spilled would wait behind all the tiles under way.
   __host__ __device__ static constexpr int warps(int arch) {
     const int sums = kPad * kLaneColumns;
-    int count = sums <= 128 ? 16 : sums <= 256 && kLaneColumns < 4 ? 12 : 8;
-    while (count > 4 && count * (kWarpBytes + kStateBytes) > shared_limit(arch)) {
+    int count = sums <= 128 ? 12 : 8;
+    while (count > 4 && count * kWarpBytes > shared_limit(arch)) {
       count -= count > 8 ? 4 : 2;
     }
     return count;
-  }
-  // The state of every warp (WarpState) stands behind what all warps have.
-  __host__ __device__ static constexpr int block_bytes(int arch) {
-    return warps(arch) * (kWarpBytes + kStateBytes);
   }
   // Query column `j` of lane group c.
   __device__ static constexpr int column(int c, int j) {
@@ -128,11 +126,20 @@ struct Lane {
   int c;
 };
 
-// Read again where it is used: what is computed from it then needs no register between two groups.
-__device__ inline Lane fresh_lane() {
+// Read again where it is used: what is computed from it then needs no register in between. `zero`:
+// from memory, where the compiler would otherwise know that it is the same lane as before.
+__device__ inline Lane fresh_lane(int zero = 0) {
   int index;
   asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(index));
+  index ^= zero;
   return {index, index / 4, index % 4};
+}
+
+// The number of this warp, as fresh_lane.
+__device__ inline int fresh_warp() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread / 32;
 }
 
 // One warp's segment: packed tiles or exact tokens of one item.
@@ -149,20 +156,50 @@ inline constexpr std::uint32_t kOnes = 0x3c003c00u;  // two fp16
 template <class S>
 struct WarpState {
   DecodeItem item;
-  int kind;
+  int item_index;
   int begin;  // of the item's units
   int units;
-  int next;  // unit of the line after this segment
-  int last;  // of the warp's part
-  int b;     // of the sequence and where it starts
-  DecodeStart start;
-  DecodeLine line;
+  int done;        // units of the item that this warp did
+  int slots;       // and the results of them that are in memory: 1 exact, 2 packed
+  int next;        // unit of the line after this segment
+  int last;        // of the warp's part
+  int first_unit;  // of the sequence
+  int first_item;
+  int level;                   // of the line
+  int last_tile;               // of a packed segment, the one behind it
   int2 seen;                   // tokens that no column sees others of
   int2 plain;                  // tiles of whose tokens all columns see the same ones
   std::uint32_t one;           // two fp16 ones, which the compiler does not know
+  int zero;                    // nor does it know this
   float log_unit;              // log2 of what a score is multiplied by, without norm and U_s
   float sums[8 * S::kBlocks];  // 7 times the query's sum, in units of the mids' sums
 };
+
+// Of this warp.
+template <class S>
+__device__ inline char* warp_memory() {
+  extern __shared__ __align__(128) char decode_memory[];
+  return decode_memory + fresh_warp() * S::kWarpBytes;
+}
+template <class S>
+__device__ inline WarpState<S>& warp_state(char* warp) {
+  static_assert(S::kState + sizeof(WarpState<S>) <= S::kWarpBytes);
+  return *reinterpret_cast<WarpState<S>*>(warp + S::kState);
+}
+
+// A partial result: [column][head_dim] sums, [column] max, [column] sum.
+__device__ inline float* slot_of(const CudaAttendCall& call, const DecodePlan& plan, int slot) {
+  return slots_of(call, plan) + static_cast<std::int64_t>(slot) * plan.slot_floats;
+}
+
+// Where the result of the warp's segment of this kind goes.
+template <class S>
+__device__ inline float* partial_of(const CudaAttendCall& call, const DecodePlan& plan, char* warp,
+                                    int kind) {
+  const WarpState<S>& state = warp_state<S>(warp);
+  if (state.next == state.last) return reinterpret_cast<float*>(warp);
+  return slot_of(call, plan, 2 * state.item_index + kind);
+}
 
 // Query column of the item: its token in the sequence and its query head, or none.
 struct DecodeColumn {
@@ -170,16 +207,15 @@ struct DecodeColumn {
   int q_head;
   bool used;
 };
+__device__ inline DecodeColumn column_of(const DecodePlan& plan, int kv_head, int queries,
+                                         int first_column, int column) {
+  const int at = first_column + column;
+  const int query = plan.query_of(at);
+  return {query, kv_head * plan.group + at - query * plan.group, query < queries};
+}
 __device__ inline DecodeColumn column_of(const DecodePlan& plan, const DecodeItem& item,
                                          int column) {
-  const int at = item.first_column + column;
-  const int query = at / plan.group;
-  return {query, item.kv_head * plan.group + at % plan.group, query < item.sequence.queries};
-}
-
-// A partial result: [column][head_dim] sums, [column] max, [column] sum.
-__device__ inline float* slot_of(const CudaAttendCall& call, const DecodePlan& plan, int slot) {
-  return slots_of(call, plan) + static_cast<std::int64_t>(slot) * plan.slot_floats;
+  return column_of(plan, item.kv_head, item.sequence.queries, item.first_column, column);
 }
 
 }  // namespace oscar::cuda

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: 2026 The oscar-kv authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// combine: the partial results of one query token and head, packed ones rotated back, to its output
+// combine: the partial results of one query token and head, summed and rotated back, to its output
 // row. By the warp, or a warp of the block, that did the last units of the item.
 #pragma once
 
@@ -14,173 +14,222 @@
 
 namespace oscar::cuda {
 
-// Whether `units` units of the item of `state`, whose results other warps may now read, are its
-// last ones; asked by one lane.
+// What a warp, or all warps of a block, did of an item, and what the item is.
+struct ItemEnd {
+  int item;   // -1: nothing
+  int done;   // units
+  int slots;  // results in memory beside those in shared memory: 1 exact, 2 packed
+  int units;  // of the item
+  int first_unit;
+  int first_row;
+  int queries;
+  int kv_head;
+  int first_column;
+};
+
 template <class S>
-__device__ inline bool add_units(const CudaAttendCall& call, const WarpState<S>& state, int units) {
+__device__ inline ItemEnd end_of(const WarpState<S>& state) {
+  const DecodeSequence& s = state.item.sequence;
+  return {state.item_index,
+          state.done,
+          state.slots,
+          s.item_units(),
+          state.next - state.units - state.begin,
+          s.first_row,
+          s.queries,
+          state.item.kv_head,
+          state.item.first_column};
+}
+
+// Whether the units of the item that are done here for `column`, whose results other blocks may now
+// read, are its last ones; asked by one lane.
+__device__ inline bool add_units(const CudaAttendCall& call, const DecodePlan& plan,
+                                 const ItemEnd& end, int column) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");  // for the tickets to be clear
 #endif
-  const int before = add_ordered(ticket_of(call, state.kind), units);
-  return before + units == state.item.sequence.item_units();
+  return add_ordered(ticket_of(call, plan, end.item, column), end.done) + end.done == end.units;
 }
 
-// The slots of one kind of an item: those that blocks merged, then perhaps one of its last warp.
-struct DecodeParts {
-  int kind;
-  int from;  // warps that merged, from .. last
-  int last;
-  int merged;  // blocks of these warps
-  int count;   // slots
-};
-
-__device__ inline DecodeParts parts_of(const DecodePlan& plan, const DecodeLine& line, int kind,
-                                       int units, int end, int from, int to) {
-  if (units == 0) return {kind, 0, -1, 0, 0};
-  // The last warp has gone on to other units: it left its part by itself.
-  const bool own = line.start(to + 1) > end;
-  const int last = own ? to - 1 : to;
-  const int merged = last < from ? 0 : plan.block_of(last) - plan.block_of(from) + 1;
-  return {kind, from, last, merged, merged + (own ? 1 : 0)};
-}
-
-// Slot of part i, or -1: of few units not every block between two has one.
-__device__ inline int part_slot(const DecodePlan& plan, const DecodeLine& line,
-                                const DecodeParts& parts, int i) {
-  if (i >= parts.count) return -1;
-  if (i >= parts.merged) return parts.kind;
-  const int block = plan.block_of(parts.from) + i;
-  const int first = max(parts.from, block * plan.block_warps);
-  const int last = min(parts.last, (block + 1) * plan.block_warps - 1);
-  return line.start(first) < line.start(last + 1) ? plan.merged + block + parts.kind : -1;
-}
-
-// The parts of one item.
-struct ItemParts {
-  DecodeParts exact;
-  DecodeParts packed;
-};
-
-// Running sums of one row, packed parts still rotated. Of a whole head_dim lane l has the channels
-// from kChannels l on, else l, l + 32, ...
-template <int kChannels, bool kWhole>
+// Running sums of one row. Of a whole head_dim lane l has the channels from kChannels l on, else
+// l, l + 32, ...
+template <class S>
 struct RowSums {
+  static constexpr int kChannels = S::kPad / 32;
+  static constexpr int kLaneStep = S::kWhole ? kChannels : 1;  // channels between two lanes
+  static constexpr int kOwnStep = S::kWhole ? 1 : 32;
+
   float max;
   float sum;
-  float packed[kChannels];
-  float exact[kChannels];
+  float x[kChannels];
 
-  __device__ static int channel(int lane, int k) {
-    return kWhole ? kChannels * lane + k : lane + 32 * k;
-  }
+  __device__ static int channel(int lane, int k) { return kLaneStep * lane + kOwnStep * k; }
   __device__ void raise(float to) {
     const float factor = exp2_fast(max - fmaxf(max, to));
     max = fmaxf(max, to);
     sum *= factor;
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      packed[k] *= factor;
-      exact[k] *= factor;
-    }
+    for (float& value : x) value *= factor;
   }
 };
 
-template <int kChannels, bool kWhole>
-__device__ inline void load_part(const float* from, int dim, int lane, float (&x)[kChannels]) {
-  if constexpr (kWhole && kChannels == 2) {
-    *reinterpret_cast<float2*>(x) = __ldcg(reinterpret_cast<const float2*>(from) + lane);
-  } else if constexpr (kWhole) {
+// kFar: written by another block.
+template <class S, bool kFar>
+__device__ inline void load_part(const float* from, int dim, int lane,
+                                 float (&x)[RowSums<S>::kChannels]) {
+  constexpr int kChannels = RowSums<S>::kChannels;
+  const auto load = [](const auto* at) { return kFar ? __ldcg(at) : *at; };
+  if constexpr (S::kWhole && kChannels == 2) {
+    *reinterpret_cast<float2*>(x) = load(reinterpret_cast<const float2*>(from) + lane);
+  } else if constexpr (S::kWhole) {
 #pragma unroll
     for (int k = 0; k < kChannels; k += 4) {
       *reinterpret_cast<float4*>(x + k) =
-          __ldcg(reinterpret_cast<const float4*>(from + kChannels * lane + k));
+          load(reinterpret_cast<const float4*>(from + kChannels * lane + k));
     }
   } else {
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
-      x[k] = lane + 32 * k < dim ? __ldcg(from + lane + 32 * k) : 0.0f;
+      x[k] = lane + 32 * k < dim ? load(from + lane + 32 * k) : 0.0f;
     }
   }
 }
 
-// Adds parts `first` .. + 31 of the packed and then the exact ones.
-template <int kChannels, bool kWhole>
-__device__ inline void add_parts(const CudaAttendCall& call, const DecodePlan& plan,
-                                 const DecodeLine& line, const ItemParts& from, int column,
-                                 int first, int lane, RowSums<kChannels, kWhole>& row) {
-  constexpr int kTogether = 16 / kChannels;  // loads under way
-  const int dim = call.layout.head_dim;
-  const int index = first + lane;
-  const bool is_packed = index < from.packed.count;
-  const DecodeParts& packed_parts = from.packed;
-  const DecodeParts& exact_parts = from.exact;
-  const DecodeParts parts{is_packed ? packed_parts.kind : exact_parts.kind,
-                          is_packed ? packed_parts.from : exact_parts.from,
-                          is_packed ? packed_parts.last : exact_parts.last,
-                          is_packed ? packed_parts.merged : exact_parts.merged,
-                          is_packed ? packed_parts.count : exact_parts.count};
-  const int own = part_slot(plan, line, parts, is_packed ? index : index - from.packed.count);
-  const float* slot = slot_of(call, plan, own);
-  const float most = own >= 0 ? __ldcg(slot + plan.slot_columns * dim + column) : kNothing;
-  const float sum = own >= 0 ? __ldcg(slot + plan.slot_columns * (dim + 1) + column) : 0.0f;
-  // A part that is not there has weight 0; in its place some other part is read, which is finite.
-  const unsigned there = __ballot_sync(kFullWarp, own >= 0);
-  if (there == 0) return;
-  const int known = __shfl_sync(kFullWarp, own, __ffs(static_cast<int>(there)) - 1);
-  const std::uint32_t offset = static_cast<std::uint32_t>(own >= 0 ? own : known) *
-                                   static_cast<std::uint32_t>(plan.slot_floats) +
-                               static_cast<std::uint32_t>(column * dim);
-  const int count = min(from.packed.count + from.exact.count - first, 32);
-  const int split = max(from.packed.count - first, 0);
-  float x[kTogether][kChannels];
-  const auto load = [&](int begin) {
+// One column of the results that a block's warps have of an item: in the shared memory of those in
+// `members`, and in memory.
+template <class S>
+__device__ inline RowSums<S> merge_column(const CudaAttendCall& call, const DecodePlan& plan,
+                                          const char* shared, unsigned members, const ItemEnd& end,
+                                          int column, int lane) {
+  constexpr int kWarps = S::warps(kArch);
+  constexpr int kTogether = kWarps % 6 == 0 ? 6 : 4;
+  constexpr int kStride = S::kWarpBytes / 4;
+  constexpr int kChannels = RowSums<S>::kChannels;
+  static_assert(kWarps + 2 <= 32 && kWarps % kTogether == 0);
+  const int dim = S::head_dim(call);
+  const auto* partials = reinterpret_cast<const float*>(shared);
+  const int max_at = plan.slot_columns * dim + column;
+  // Lane w: the weight of warp w, or of what is in memory.
+  const unsigned used = members | static_cast<unsigned>(end.slots) << kWarps;
+  const bool is_used = (used >> lane & 1) != 0;
+  const float* own = lane < kWarps ? partials + lane * kStride
+                                   : slot_of(call, plan, 2 * end.item + (lane - kWarps) % 2);
+  const float max = is_used ? own[max_at] : kNothing;
+  const float part = is_used ? own[max_at + plan.slot_columns] : 0.0f;
+  RowSums<S> row{max_over_lanes(max), 0.0f, {}};
+  const float weight = is_used ? exp2_fast(max - row.max) : 0.0f;
+  row.sum = sum_over_lanes(weight * part);
+  const auto add = [&](int w, const float (&x)[kChannels]) {
+    const float factor = __shfl_sync(kFullWarp, weight, w);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) row.x[k] = fmaf(factor, x[k], row.x[k]);
+  };
+  // In the place of a warp that has no part the first that has one, with weight 0: it is finite.
+  const int first = __ffs(static_cast<int>(members)) - 1;
+#pragma unroll
+  for (int begin = 0; begin < kWarps && first >= 0; begin += kTogether) {
+    float x[kTogether][kChannels];
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
-      const std::uint32_t at = __shfl_sync(kFullWarp, offset, min(begin + j, count - 1));
-      load_part<kChannels, kWhole>(slots_of(call, plan) + at, dim, lane, x[j]);
+      const int from = (members >> (begin + j) & 1) != 0 ? begin + j : first;
+      load_part<S, false>(partials + from * kStride + column * dim, dim, lane, x[j]);
     }
-  };
-  load(0);  // beside the maxima
-  row.raise(max_over_lanes(most));
-  const float weight = own >= 0 ? exp2_fast(most - row.max) : 0.0f;
-  row.sum += sum_over_lanes(weight * sum);
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) add(begin + j, x[j]);
+  }
+#pragma unroll 1
+  for (int kind = 0; kind < 2; ++kind) {
+    if ((end.slots >> kind & 1) == 0) continue;
+    float x[kChannels];
+    load_part<S, false>(slot_of(call, plan, 2 * end.item + kind) + column * dim, dim, lane, x);
+    add(kWarps + kind, x);
+  }
+  return row;
+}
+
+// To the block's slot of the item, for the block that combines it.
+template <class S>
+__device__ inline void store_merged(const CudaAttendCall& call, const DecodePlan& plan, int item,
+                                    int column, int lane, const RowSums<S>& row) {
+  const int dim = S::head_dim(call);
+  float* slot = slot_of(call, plan, plan.merged + static_cast<int>(blockIdx.x) + item);
+#pragma unroll
+  for (int k = 0; k < RowSums<S>::kChannels; ++k) {
+    const int channel = RowSums<S>::channel(lane, k);
+    if (S::kWhole || channel < dim) slot[column * dim + channel] = row.x[k];
+  }
+  if (lane == 0) {
+    slot[plan.slot_columns * dim + column] = row.max;
+    slot[plan.slot_columns * (dim + 1) + column] = row.sum;
+  }
+}
+
+// Adds the merged parts of up to 32 blocks, from slot `first` on.
+template <class S>
+__device__ inline void add_merged(const CudaAttendCall& call, const DecodePlan& plan, int first,
+                                  int count, int column, int lane, RowSums<S>& row) {
+  constexpr int kChannels = RowSums<S>::kChannels;
+  constexpr int kTogether = 64 / kChannels;  // loads under way
+  const int dim = S::head_dim(call);
+  const float* own = slot_of(call, plan, first + min(lane, count - 1)) + plan.slot_columns * dim;
+  const float most = lane < count ? __ldcg(own + column) : kNothing;
+  const float sum = __ldcg(own + plan.slot_columns + column);
+  float weight = 0.0f;
 #pragma unroll 1
   for (int begin = 0; begin < count; begin += kTogether) {
-    if (begin > 0) load(begin);
+    float x[kTogether][kChannels];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {  // past the end the last one, with weight 0
+      const float* slot = slot_of(call, plan, first + min(begin + j, count - 1));
+      load_part<S, true>(slot + column * dim, dim, lane, x[j]);
+    }
+    if (begin == 0) {  // the maxima have come beside the first rows
+      row.raise(max_over_lanes(most));
+      weight = lane < count ? exp2_fast(most - row.max) : 0.0f;
+      row.sum += sum_over_lanes(weight * sum);
+    }
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
-      const int i = begin + j;
-      const float part = __shfl_sync(kFullWarp, weight, min(i, count - 1));
-      const float packed = i < min(split, count) ? part : 0.0f;
-      const float exact = i >= split && i < count ? part : 0.0f;
+      const float part = __shfl_sync(kFullWarp, weight, (begin + j) % 32);
 #pragma unroll
-      for (int k = 0; k < kChannels; ++k) {
-        row.packed[k] = fmaf(packed, x[j][k], row.packed[k]);
-        row.exact[k] = fmaf(exact, x[j][k], row.exact[k]);
-      }
+      for (int k = 0; k < kChannels; ++k) row.x[k] = fmaf(part, x[j][k], row.x[k]);
     }
   }
+}
+
+// The sums of all blocks that have units of the item.
+template <class S>
+__device__ inline RowSums<S> combine_column(const CudaAttendCall& call, const DecodePlan& plan,
+                                            const DecodeLine& line, const ItemEnd& end, int column,
+                                            int lane) {
+  const int owner = line.owner(lane % 2 == 0 ? end.first_unit : end.first_unit + end.units - 1);
+  const int from = __shfl_sync(kFullWarp, owner, 0);
+  const int to = __shfl_sync(kFullWarp, owner, 1);
+  RowSums<S> row{kNothing, 0.0f, {}};
+#pragma unroll 1
+  for (int b = from; b <= to; b += 32) {
+    add_merged(call, plan, plan.merged + b + end.item, min(to + 1 - b, 32), column, lane, row);
+  }
+  return row;
 }
 
 // The inverse of V's rotation: Hadamard, then the signs.
-template <int kChannels, bool kWhole>
-__device__ inline void unrotate(int dim, int lane, float (&x)[kChannels]) {
-  using Row = RowSums<kChannels, kWhole>;
+template <class S>
+__device__ inline void unrotate(int dim, int lane, float (&x)[RowSums<S>::kChannels]) {
+  using Row = RowSums<S>;
   const int block = hadamard_block(dim);
-  constexpr int kLaneStep = kWhole ? kChannels : 1;  // channels between two lanes
-  constexpr int kOwnStep = kWhole ? 1 : 32;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    if (step * kLaneStep >= block) continue;
+    if (step * Row::kLaneStep >= block) continue;
     const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
 #pragma unroll
     for (float& value : x) value = fmaf(sign, value, __shfl_xor_sync(kFullWarp, value, step));
   }
 #pragma unroll
-  for (int step = 1; step < kChannels; step *= 2) {
-    if (step * kOwnStep >= block) continue;
+  for (int step = 1; step < Row::kChannels; step *= 2) {
+    if (step * Row::kOwnStep >= block) continue;
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
+    for (int k = 0; k < Row::kChannels; ++k) {
       if ((k & step) != 0) continue;
       const float a = x[k];
       const float b = x[k + step];
@@ -189,10 +238,16 @@ __device__ inline void unrotate(int dim, int lane, float (&x)[kChannels]) {
     }
   }
   const float norm = rsqrtf(static_cast<float>(block));
+  if constexpr (S::kWhole) {
+    const int first = Row::channel(lane, 0);
+    const std::uint32_t bits = sign_word<S::kPad / 32>(first / 32) >> first % 32;
 #pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    const int channel = Row::channel(lane, k);
-    x[k] = flip_sign(x[k] * norm, sign_word<kChannels>(channel / 32), channel % 32);
+    for (int k = 0; k < Row::kChannels; ++k) x[k] = flip_sign(x[k] * norm, bits, k);
+  } else {
+#pragma unroll
+    for (int k = 0; k < Row::kChannels; ++k) {
+      x[k] = flip_sign(x[k] * norm, sign_word<S::kPad / 32>(k), lane);
+    }
   }
 }
 
@@ -206,67 +261,34 @@ __device__ inline void store_element(float x, DType type, std::byte* row, int ch
   }
 }
 
-template <int kChannels, bool kWhole>
-__device__ inline void store_row(const CudaAttendCall& call, int token, int q_head, int lane,
-                                 RowSums<kChannels, kWhole>& row) {
+// The output of one query token and head.
+template <class S>
+__device__ inline void store_row(const CudaAttendCall& call, const DecodePlan& plan,
+                                 const ItemEnd& end, int column, int lane, RowSums<S>& row) {
+  const int dim = S::head_dim(call);
+  const DecodeColumn at = column_of(plan, end.kv_head, end.queries, end.first_column, column);
+  const int token = end.first_row + at.query;
+  const int q_head = at.q_head;
+  if (!at.used) return;
   if (call.options.sink_logits != nullptr) {
     const float logit = call.options.sink_logits[q_head] * kLog2E;
     row.raise(logit);
     row.sum += exp2_fast(logit - row.max);
   }
-  unrotate<kChannels, kWhole>(call.layout.head_dim, lane, row.packed);
+  unrotate<S>(dim, lane, row.x);
   const float inverse = row.sum > 0.0f ? 1.0f / row.sum : 0.0f;
   std::byte* to =
       static_cast<std::byte*>(call.out.data) +
       bytes_of(call.out.dtype) * (token * call.out.token_stride + q_head * call.out.head_stride);
 #pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    const int channel = RowSums<kChannels, kWhole>::channel(lane, k);
-    if (kWhole || channel < call.layout.head_dim) {
-      store_element((row.packed[k] + row.exact[k]) * inverse, call.out.dtype, to, channel);
-    }
+  for (int k = 0; k < RowSums<S>::kChannels; ++k) {
+    const int channel = RowSums<S>::channel(lane, k);
+    if (S::kWhole || channel < dim) store_element(row.x[k] * inverse, call.out.dtype, to, channel);
   }
   if (call.lse != nullptr && lane == 0) {
     call.lse[static_cast<std::int64_t>(token) * call.q.heads + q_head] =
         row.sum > 0.0f ? kLn2 * (row.max + log2_fast(row.sum)) : -INFINITY;
   }
-}
-
-template <class S>
-__device__ inline ItemParts find_parts(const DecodePlan& plan, const WarpState<S>& state,
-                                       int lane) {
-  const DecodeSequence& s = state.item.sequence;
-  const DecodeLine& line = state.line;
-  const int unit = state.next - state.units - state.begin;  // first of the item
-  const int middle = unit + s.exact_units;
-  const int end = middle + s.packed_units;
-  const int kind = state.kind / 2 * 2;
-  // The warps of four units, a lane each. A kind without units has no first or last one: any unit
-  // will do.
-  const int which = lane % 4;
-  const int edge = which == 0 ? unit : which == 1 ? middle - 1 : which == 2 ? middle : end - 1;
-  const int owner = line.owner(min(max(edge, 0), line.units - 1));
-  return {parts_of(plan, line, kind, s.exact_units, middle, __shfl_sync(kFullWarp, owner, 0),
-                   __shfl_sync(kFullWarp, owner, 1)),
-          parts_of(plan, line, kind + 1, s.packed_units, end, __shfl_sync(kFullWarp, owner, 2),
-                   __shfl_sync(kFullWarp, owner, 3))};
-}
-
-// The output of query column `column` of the item of `state`, if there is such a column.
-template <class S>
-__device__ inline void combine_column(const CudaAttendCall& call, const DecodePlan& plan,
-                                      const WarpState<S>& state, int column) {
-  constexpr int kChannels = S::kPad / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const DecodeColumn at = column_of(plan, state.item, column);
-  if (!at.used) return;
-  const ItemParts parts = find_parts(plan, state, lane);
-  RowSums<kChannels, S::kWhole> row{kNothing, 0.0f, {}, {}};
-#pragma unroll 1
-  for (int first = 0; first < parts.packed.count + parts.exact.count; first += 32) {
-    add_parts(call, plan, state.line, parts, column, first, lane, row);
-  }
-  store_row(call, state.item.sequence.first_row + at.query, at.q_head, lane, row);
 }
 
 }  // namespace oscar::cuda

@@ -71,12 +71,14 @@ __device__ inline const std::byte* row_address(const ConstRows& rows, int token,
          bytes_of(rows.dtype) * (token * rows.token_stride + head * rows.head_stride);
 }
 
-// Row `row` (ring_row or sink_row) of one sequence in the exact memory.
+// Row `row` (ring_row or sink_row) of sequence b in the exact memory, whose first slot is known.
 __device__ inline std::byte* exact_address(const Layout& layout, const CacheView& cache, int b,
-                                           Side side, int head, int row) {
+                                           int first_slot, Side side, int head, int row) {
   const ExactPlace place = exact_place(layout, static_cast<std::int32_t>(side), row);
   const std::int64_t slot =
-      cache.slot[static_cast<std::int64_t>(b) * layout.exact_blocks + place.block];
+      place.block == 0
+          ? first_slot
+          : cache.slot[static_cast<std::int64_t>(b) * layout.exact_blocks + place.block];
   const std::int64_t stride =
       cache.exact_stride == 0 ? layout.exact_block_bytes() : cache.exact_stride;
   const int index =
@@ -84,6 +86,12 @@ __device__ inline std::byte* exact_address(const Layout& layout, const CacheView
       place.row;
   return static_cast<std::byte*>(cache.exact) + slot * stride +
          static_cast<std::int64_t>(index) * layout.head_dim * bytes_of(layout.exact_dtype);
+}
+
+__device__ inline std::byte* exact_address(const Layout& layout, const CacheView& cache, int b,
+                                           Side side, int head, int row) {
+  const int slot = cache.slot[static_cast<std::int64_t>(b) * layout.exact_blocks];
+  return exact_address(layout, cache, b, slot, side, head, row);
 }
 
 // Tile `tile` of sequence b through the block table; null where the table has no page for it.
