@@ -55,11 +55,11 @@ __global__ void fill_tiles(std::uint8_t* tiles, std::int64_t count, oscar::TileL
     std::uint8_t value = static_cast<std::uint8_t>(random);
     if (at >= layout.v_scales_offset() && at < layout.v_mids_offset()) value = 120 + random % 16;
     if (at >= layout.v_mids_offset() && at < layout.k_norms_offset()) value = random % 33;
-    if (at >= layout.k_norms_offset() && at < layout.k_units_offset()) value = 152 + random % 16;
-    if (at >= layout.k_units_offset()) {
-      const std::uint8_t units[4] = {0x00, 0x3c, 0x00, 0x38};  // 1, 0.5
-      value = at < layout.k_units_offset() + 4 ? units[at - layout.k_units_offset()] : 0;
+    if (at >= layout.k_norms_offset()) {
+      constexpr std::uint32_t kUnits = 0x3f804000u;  // bf16 2 and 1
+      value = 112 + random % 16 + (kUnits >> (at - layout.k_norms_offset()) % 32 & 1u) * 128;
     }
+    if (at >= layout.used_bytes()) value = 0;
     tiles[i] = value;
   }
 }

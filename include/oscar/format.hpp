@@ -10,9 +10,15 @@
 //   k_params_offset()      K scale and mid, a channel      128   i_s | (i_m + 7) << 4
 //   v_scales_offset()      V scale, a position              32   u8, 2^(u/8 - 16); 0: scale 0
 //   v_mids_offset()        V mid, a position                32   i8, in units of scale / 64
-//   k_norms_offset()       K norm, a position               32   u8, 2^(u/8 - 20); 0: norm 0
-//   k_units_offset()       fp16 max scale, fp16 max |mid|    4   U_s = max / 15, U_m = max / 7
-//   tile_bytes()           rounded up to 32 with zeros    2304
+//   k_norms_offset()       K norm, a position               32   u | unit bit << 7,
+//                                                                2^(u/8 - 16); u = 0: norm 0
+//   used_bytes()                                          2272
+//   tile_bytes()           rounded up to 32 with zeros    2272   zeros: head_dim 48, 80, 112 ..
+//
+// K units: the top bits of the 32 norm bytes are one word of 32 bits, bit p that of position p:
+// bf16(max scale) | bf16(max |mid|) << 16, with U_s = max / 15, U_m = max / 7. A vector unit reads
+// it with one mask of byte signs, a warp with one ballot. Norms are relative to the tile's largest,
+// which is at least 1/2: its power of two is in the units, so seven bits are enough.
 //
 // Position: token t of a tile (0..31) stands at position 4 (t % 8) + t / 8. Arrays "a position"
 // and the 32-bit words of a K line are in position order, so a CPU vector of scores, the p bytes
@@ -41,13 +47,15 @@ inline constexpr int kTileTokens = 32;
 inline constexpr int kMinHeadDim = 32;
 inline constexpr int kMaxHeadDim = 256;
 inline constexpr int kHeadDimStep = 16;
-inline constexpr int kNormBias = 20;    // K norm u8 -> 2^(u/8 - 20)
-inline constexpr int kVScaleBias = 16;  // V scale u8 -> 2^(u/8 - 16)
+inline constexpr int kNormBias = 16;  // K norm, 7 bits -> 2^(u/8 - 16)
+inline constexpr int kMaxNormIndex = 127;
+inline constexpr int kTokenNormBias = 20;  // before a tile's power of two is taken out, 8 bits
+inline constexpr int kVScaleBias = 16;     // V scale u8 -> 2^(u/8 - 16)
 inline constexpr int kMaxScaleIndex = 15;
 inline constexpr int kMaxMidIndex = 7;
 inline constexpr int kMaxVMid = 127;
 inline constexpr float kVMidUnit = 1.0f / 64.0f;
-inline constexpr float kMaxBalance = 64.0f;  // and its inverse: beyond it fp16 units could overflow
+inline constexpr float kMaxBalance = 64.0f;   // and its inverse
 inline constexpr float kMaxInput = 65504.0f;  // largest |k| or |v| that append accepts (fp16 max)
 
 struct Format {
@@ -85,6 +93,15 @@ constexpr float k_range_share(int bits, bool feedback) {
 }
 constexpr float v_range_share(int bits) { return bits == 2 ? 0.82f : 1.0f; }
 
+// What a tile stores of a token's norm index (8 bits, 2^(index/8 - kTokenNormBias); 0: norm 0), by
+// the largest index of the tile; all norms of the tile are below 2^norm_octave. A key 15 octaves
+// below the largest reads as 0.
+constexpr int norm_octave(int largest) { return largest / 8 + 1 - kTokenNormBias; }
+constexpr int stored_norm(int index, int largest) {
+  const int stored = index - 8 * (norm_octave(largest) + kTokenNormBias - kNormBias);
+  return index == 0 || stored < 0 ? 0 : stored;
+}
+
 constexpr int position_of(int token) { return 4 * (token % 8) + token / 8; }
 constexpr int token_at(int position) { return position / 4 + 8 * (position % 4); }
 
@@ -113,8 +130,8 @@ struct TileLayout {
   constexpr int v_scales_offset() const { return k_params_offset() + head_dim; }
   constexpr int v_mids_offset() const { return v_scales_offset() + kTileTokens; }
   constexpr int k_norms_offset() const { return v_mids_offset() + kTileTokens; }
-  constexpr int k_units_offset() const { return k_norms_offset() + kTileTokens; }
-  constexpr int tile_bytes() const { return (k_units_offset() + 4 + 31) / 32 * 32; }
+  constexpr int used_bytes() const { return k_norms_offset() + kTileTokens; }
+  constexpr int tile_bytes() const { return (used_bytes() + 31) / 32 * 32; }
 
   // Channels that share one word: of one token for K, of one group stride for V.
   constexpr int k_channels_per_word() const { return 32 / format.k_bits; }
@@ -141,15 +158,18 @@ struct TileLayout {
   }
 };
 
-static_assert(TileLayout{64, kK2V2}.tile_bytes() == 1216);
-static_assert(TileLayout{128, kK2V2}.tile_bytes() == 2304);
-static_assert(TileLayout{256, kK2V2}.tile_bytes() == 4480);
-static_assert(TileLayout{128, kK4V2}.tile_bytes() == 3328);
-static_assert(TileLayout{128, kK4V4}.tile_bytes() == 4352);
-static_assert(TileLayout{64, kK2V2}.bits_per_element() == 2.375);
-static_assert(TileLayout{128, kK2V2}.bits_per_element() == 2.25);
-static_assert(TileLayout{256, kK2V2}.bits_per_element() == 2.1875);
+static_assert(TileLayout{64, kK2V2}.tile_bytes() == 1184);
+static_assert(TileLayout{128, kK2V2}.tile_bytes() == 2272);
+static_assert(TileLayout{256, kK2V2}.tile_bytes() == 4448);
+static_assert(TileLayout{128, kK4V2}.tile_bytes() == 3296);
+static_assert(TileLayout{128, kK4V4}.tile_bytes() == 4320);
+static_assert(TileLayout{80, kK2V2}.tile_bytes() == TileLayout{80, kK2V2}.used_bytes() + 16);
+static_assert(TileLayout{64, kK2V2}.bits_per_element() == 2.3125);
+static_assert(TileLayout{128, kK2V2}.bits_per_element() == 2.21875);
+static_assert(TileLayout{256, kK2V2}.bits_per_element() == 2.171875);
 static_assert(TileLayout{128, kK2V2}.k_shift(16 + 4 * 3 + 2) == 8 * 2 + 2 * 3);
+static_assert(stored_norm(255, 255) == kMaxNormIndex && stored_norm(248, 248) == 120);
+static_assert(stored_norm(136, 255) == 8 && stored_norm(128, 255) == 0 && stored_norm(0, 7) == 0);
 static_assert(position_of(8) == 1 && position_of(1) == 4 && token_at(position_of(29)) == 29);
 static_assert(hadamard_block(96) == 32 && hadamard_block(80) == 16 && hadamard_block(256) == 256);
 

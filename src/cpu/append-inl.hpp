@@ -82,8 +82,9 @@ template <int kBits>
 inline void encode_keys(const TileLayout& layout, const std::uint16_t* feedback, float* columns,
                         std::uint8_t* tile) {
   KeyParams params;
+  std::uint8_t norms[kTileTokens];
   hadamard_columns(columns, layout.head_dim);
-  scale_columns(columns, layout.head_dim, tile + layout.k_norms_offset());
+  scale_columns(columns, layout.head_dim, norms);
   quantize_keys<kBits>(columns, layout.head_dim, feedback != nullptr, params);
   if (feedback == nullptr) {
     pack_keys<kBits>(columns, layout.head_dim, params, tile + layout.k_codes_offset());
@@ -93,9 +94,8 @@ inline void encode_keys(const TileLayout& layout, const std::uint16_t* feedback,
   }
   std::memcpy(tile + layout.k_params_offset(), params.bytes,
               static_cast<std::size_t>(layout.head_dim));
-  std::uint8_t* units = tile + layout.k_units_offset();
-  std::memcpy(units, params.units, sizeof params.units);
-  const int used = layout.k_units_offset() + static_cast<int>(sizeof params.units);
+  store_norms(norms, params.max_scale, params.max_mid, tile + layout.k_norms_offset());
+  const int used = layout.used_bytes();
   std::memset(tile + used, 0, static_cast<std::size_t>(layout.tile_bytes() - used));
 }
 

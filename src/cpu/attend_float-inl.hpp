@@ -25,19 +25,16 @@ inline void prepare_packed(const TileLayout& /*layout*/, RowBlock& /*block*/,
 template <int kBits>
 inline void fold_scales(const TileLayout& layout, const std::uint8_t* tile, const RowBlock& block,
                         PackedQuery& query) {
-  std::uint16_t units[2];
-  std::memcpy(units, tile + layout.k_units_offset(), sizeof units);
-  const float scale_unit = half_to_float(units[0]) / static_cast<float>(kMaxScaleIndex);
-  const float mid_unit = half_to_float(units[1]) / static_cast<float>(kMaxMidIndex);
-  const Vf middle = splat(0.5f * static_cast<float>(max_code(kBits)) * scale_unit);
+  const KeyUnits units = key_units(layout, tile);
+  const Vf middle = splat(0.5f * static_cast<float>(max_code(kBits)) * units.scale);
   alignas(64) float scales[kMaxHeadDim];
   alignas(64) float lowest[kMaxHeadDim];  // value of code 0
   for (int c = 0; c < layout.head_dim; c += kLanes) {
     const Vi params = load_u8(tile + layout.k_params_offset() + c);
     const Vf i_s = to_float(params & splat_int(15));
     const Vf i_m = to_float(shift_right(params, 4)) - splat(static_cast<float>(kMaxMidIndex));
-    store(scales + c, i_s * splat(scale_unit));
-    store(lowest + c, i_m * splat(mid_unit) - i_s * middle);
+    store(scales + c, i_s * splat(units.scale));
+    store(lowest + c, i_m * splat(units.mid) - i_s * middle);
   }
   for (int r = 0; r < block.rows; ++r) {
     Vf constant = splat(0.0f);
@@ -115,7 +112,7 @@ inline void tile_scores(const TileLayout& layout, const std::uint8_t* tile, int 
     });
   }
   for (int p = 0; p < kTileTokens; p += kLanes) {
-    const Vf norm = scale_of(load_u8(tile + layout.k_norms_offset() + p), kNormOffset);
+    const Vf norm = norms_of(tile + layout.k_norms_offset() + p);
     for (int r = 0; r < block.rows; ++r) {
       float* score = block.scores[r] + first + p;
       store(score, (load(score) + splat(query.constants[r])) * norm);

@@ -109,18 +109,6 @@ inline void prepare_packed(const TileLayout& layout, RowBlock& block, PackedQuer
   for (int r = block.rows; r % 4 != 0; ++r) query.scales[r] = query.index_sums[r] = 0.0f;
 }
 
-struct KeyUnits {
-  float scale;
-  float mid;
-};
-
-inline KeyUnits key_units(const TileLayout& layout, const std::uint8_t* tile) {
-  std::uint16_t units[2];
-  std::memcpy(units, tile + layout.k_units_offset(), sizeof units);
-  return {half_to_float(units[0]) * (1.0f / kMaxScaleIndex),
-          half_to_float(units[1]) * (1.0f / kMaxMidIndex)};
-}
-
 // From sum i_c i_s and sum i_c i_m (i_m with its offset of 7), as lanes to be added; `middle` is N
 // / 2.
 template <int kRows>

@@ -42,7 +42,7 @@ inline Vi scaled_codes(Vi words, Vi table) {
 template <int kRows>
 inline void finish_scores(const TileLayout& layout, const TilePair& pair, const PackedQuery& query,
                           int row, int p, const Vi (&sums)[kRows], float* scores) {
-  const Vf norms = scale_of(load_u8(pair.tile + layout.k_norms_offset() + p), kNormOffset);
+  const Vf norms = norms_of(pair.tile + layout.k_norms_offset() + p);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     const Vf factor = splat(query.factors[pair.index][row + r]);

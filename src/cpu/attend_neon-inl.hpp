@@ -106,11 +106,8 @@ inline void fold_rows(const std::uint8_t* params, const TileLayout& layout, int 
 template <int kBits>
 inline void fold_scales(const TileLayout& layout, const std::uint8_t* tile, int rows,
                         PackedQuery& query) {
-  std::uint16_t units[2];
-  std::memcpy(units, tile + layout.k_units_offset(), sizeof units);
-  const float scale_unit = half_to_float(units[0]) / static_cast<float>(kMaxScaleIndex);
-  const float mid_unit = half_to_float(units[1]) / static_cast<float>(kMaxMidIndex);
-  const float middle = 0.5f * static_cast<float>(max_code(kBits)) * scale_unit;
+  const KeyUnits units = key_units(layout, tile);
+  const float middle = 0.5f * static_cast<float>(max_code(kBits)) * units.scale;
   std::int32_t folded[kRowBlock];
   std::int32_t mids[kRowBlock];
   for_row_groups(rows, [&]<int kRows>(int r) {
@@ -118,8 +115,8 @@ inline void fold_scales(const TileLayout& layout, const std::uint8_t* tile, int 
   });
   for (int r = 0; r < rows; ++r) {
     const float constant =
-        static_cast<float>(mids[r]) * mid_unit - static_cast<float>(folded[r]) * middle;
-    query.factors[r] = query.scales[r] * scale_unit;
+        static_cast<float>(mids[r]) * units.mid - static_cast<float>(folded[r]) * middle;
+    query.factors[r] = query.scales[r] * units.scale;
     query.constants[r] = query.scales[r] * constant;
   }
 }
@@ -191,7 +188,7 @@ inline void tile_scores(const TileLayout& layout, const std::uint8_t* tile, int 
   fold_scales<kBits>(layout, tile, block.rows, query);
   Vf norms[kTileTokens / kLanes];
   for (int i = 0; i < kTileTokens / kLanes; ++i) {
-    norms[i] = scale_of(load_u8(tile + layout.k_norms_offset() + i * kLanes), kNormOffset);
+    norms[i] = norms_of(tile + layout.k_norms_offset() + i * kLanes);
   }
   for_row_groups(block.rows, [&]<int kRows>(int r) {
     dot_scores<kBits, kRows>(tile + layout.k_codes_offset(), norms, layout.head_dim, query, r,

@@ -27,7 +27,7 @@ struct TileNorms {
 };
 inline TileNorms tile_norms(const TileLayout& layout, const std::uint8_t* tile) {
   const std::uint8_t* bytes = tile + layout.k_norms_offset();
-  return {{scale_of(load_u8(bytes), kNormOffset), scale_of(load_u8(bytes + kLanes), kNormOffset)}};
+  return {{norms_of(bytes), norms_of(bytes + kLanes)}};
 }
 
 // code i_s of one plane: the table of its four channels, indexed by code and byte.

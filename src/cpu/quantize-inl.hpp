@@ -16,7 +16,8 @@ struct KeyParams {
   alignas(64) float scales[kMaxHeadDim];
   alignas(64) float inverses[kMaxHeadDim];
   std::uint8_t bytes[kMaxHeadDim];
-  std::uint16_t units[2];
+  float max_scale;  // in bf16
+  float max_mid;
 };
 struct ValueParams {  // by position
   alignas(64) float mids[kTileTokens];
@@ -67,10 +68,10 @@ inline void quantize_keys(const float* columns, int head_dim, bool feedback, Key
     max_scale = max(scale, max_scale);
     max_mid = max(abs(mid), max_mid);
   }
-  params.units[0] = float_to_half(reduce_max(max_scale));
-  params.units[1] = float_to_half(reduce_max(max_mid));
-  const float scale_unit = half_to_float(params.units[0]) / static_cast<float>(kMaxScaleIndex);
-  const float mid_unit = half_to_float(params.units[1]) / static_cast<float>(kMaxMidIndex);
+  params.max_scale = bf16_value(bf16_bits(reduce_max(max_scale)));
+  params.max_mid = bf16_value(bf16_bits(reduce_max(max_mid)));
+  const float scale_unit = params.max_scale / static_cast<float>(kMaxScaleIndex);
+  const float mid_unit = params.max_mid / static_cast<float>(kMaxMidIndex);
 
   alignas(64) std::int32_t indices[kMaxHeadDim];
   for (int c = 0; c < head_dim; c += kLanes) {

@@ -34,6 +34,10 @@ inline Vi load_u8(const std::uint8_t* p) {
 inline Vi load_i8(const std::uint8_t* p) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
+inline std::uint32_t top_bits(const std::uint8_t* p) {
+  return static_cast<std::uint32_t>(
+      _mm256_movemask_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
 inline Vi add_int(Vi a, Vi b) { return _mm256_add_epi32(a, b); }
 inline Vi subtract_int(Vi a, Vi b) { return _mm256_sub_epi32(a, b); }
 inline Vi shift_right(Vi v, int count) { return _mm256_srli_epi32(v, count); }
@@ -160,11 +164,6 @@ inline void store_u8(std::uint8_t* target, Vi v) {
   const __m128i high = _mm256_extracti128_si256(v, 1);
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), high);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(target), _mm_packus_epi16(words, words));
-}
-
-inline float half_to_float(std::uint16_t bits) { return _cvtsh_ss(bits); }
-inline std::uint16_t float_to_half(float x) {
-  return static_cast<std::uint16_t>(_cvtss_sh(x, _MM_FROUND_CUR_DIRECTION));
 }
 
 inline Vf load_fp16(const std::byte* source) {

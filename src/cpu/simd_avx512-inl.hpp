@@ -32,6 +32,9 @@ inline Vi load_u8(const std::uint8_t* p) {
 inline Vi load_i8(const std::uint8_t* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline std::uint32_t top_bits(const std::uint8_t* p) {
+  return _mm256_movepi8_mask(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 inline Vi add_int(Vi a, Vi b) { return _mm512_add_epi32(a, b); }
 inline Vi subtract_int(Vi a, Vi b) { return _mm512_sub_epi32(a, b); }
 inline Vi shift_right(Vi v, int count) {
@@ -161,11 +164,6 @@ inline V4 reduce_add_each(const Vf (&v)[4]) {
 }
 inline void store_u8(std::uint8_t* target, Vi v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtusepi32_epi8(v));
-}
-
-inline float half_to_float(std::uint16_t bits) { return _cvtsh_ss(bits); }
-inline std::uint16_t float_to_half(float x) {
-  return static_cast<std::uint16_t>(_cvtss_sh(x, _MM_FROUND_CUR_DIRECTION));
 }
 
 inline Vf load_fp16(const std::byte* source) {

@@ -42,6 +42,17 @@ inline Vi load_u8(const std::uint8_t* p) {
 inline Vi load_i8(const std::uint8_t* p) {
   return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_four_bytes(p)))));
 }
+// Each byte's bit at its place among eight bytes, then sums of eight.
+inline std::uint32_t top_bits(const std::uint8_t* p) {
+  const uint8x16_t place = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
+  const auto placed = [&](const std::uint8_t* bytes) {
+    return vandq_u8(vcltzq_s8(vreinterpretq_s8_u8(vld1q_u8(bytes))), place);
+  };
+  uint8x16_t sums = vpaddq_u8(placed(p), placed(p + 16));
+  sums = vpaddq_u8(sums, sums);
+  sums = vpaddq_u8(sums, sums);
+  return vgetq_lane_u32(vreinterpretq_u32_u8(sums), 0);
+}
 inline Vi add_int(Vi a, Vi b) { return vaddq_s32(a, b); }
 inline Vi subtract_int(Vi a, Vi b) { return vsubq_s32(a, b); }
 inline Vi shift_right(Vi v, int count) {
@@ -111,13 +122,6 @@ inline Vf load_fp16(const std::byte* source) {
 }
 inline void store_fp16(std::byte* target, Vf v) {
   vst1_u8(reinterpret_cast<std::uint8_t*>(target), vreinterpret_u8_f16(vcvt_f16_f32(v)));
-}
-
-inline float half_to_float(std::uint16_t bits) {
-  return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits))), 0);
-}
-inline std::uint16_t float_to_half(float x) {
-  return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(splat(x))), 0);
 }
 
 inline Vf load_bf16(const std::byte* source) {

@@ -40,6 +40,18 @@ inline Vi load_i8(const std::uint8_t* p) {
   const auto at = [p](int i) { return static_cast<std::int8_t>(p[i]); };
   return Vi{at(0), at(1), at(2), at(3)};
 }
+// Bit i: the top bit of byte i of 32. Eight bytes at a time, whose bits a product puts side by
+// side.
+inline std::uint32_t top_bits(const std::uint8_t* p) {
+  std::uint32_t bits = 0;
+  for (int i = 0; i < 32; i += 8) {
+    std::uint64_t eight;
+    std::memcpy(&eight, p + i, sizeof eight);
+    eight = (eight >> 7 & 0x0101010101010101u) * 0x0102040810204080u >> 56;
+    bits |= static_cast<std::uint32_t>(eight) << i;
+  }
+  return bits;
+}
 inline Vi add_int(Vi a, Vi b) { return a + b; }
 inline Vi subtract_int(Vi a, Vi b) { return a - b; }
 inline Vi shift_right(Vi v, int count) {

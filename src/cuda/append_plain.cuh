@@ -79,9 +79,10 @@ __device__ inline void plain_hadamard(const PlainTile& tile) {
   __syncthreads();
 }
 
-// Norm bytes by position; rows become z = y / norm. Four threads a token, four of the 16 lanes of
-// the sum each; the lanes are added as the format says: l + 8, + 4, + 2, + 1.
-__device__ inline void plain_norms(const PlainTile& tile, std::uint8_t* norms) {
+// Rows become z = y / norm; returns the norm index of the thread's token. Four threads a token,
+// four of the 16 lanes of the sum each; the lanes are added as the format says: l + 8, + 4, + 2,
+// + 1.
+__device__ inline int plain_norms(const PlainTile& tile) {
   const int token = static_cast<int>(threadIdx.x) / kPlainParts;
   const int part = static_cast<int>(threadIdx.x) % kPlainParts;
   float* row = tile.row(token);
@@ -97,10 +98,10 @@ __device__ inline void plain_norms(const PlainTile& tile, std::uint8_t* norms) {
   }
   const float sum = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
   const int index = norm_index(sum / static_cast<float>(tile.head_dim));
-  if (part == 0) norms[position_of(token)] = static_cast<std::uint8_t>(index);
-  const float inverse = inverse_scale_of(index, kNormOffset);
+  const float inverse = inverse_scale_of(index, kTokenNormOffset);
   for (int c = part; c < tile.head_dim; c += kPlainParts) row[c] *= inverse;
   __syncthreads();
+  return index;
 }
 
 __device__ inline float block_max(float value, const PlainTile& tile) {
@@ -135,11 +136,26 @@ __device__ inline void plain_feedback(const std::uint16_t* weights, const PlainT
   __syncthreads();
 }
 
+// Norm bytes with the units in them, and zeros up to the tile's end. norm: of the thread's token.
+__device__ inline void plain_norm_bytes(const TileLayout& layout, const PlainTile& tile, int norm,
+                                        float max_scale, float max_mid, std::uint8_t* out) {
+  const auto largest = static_cast<int>(block_max(static_cast<float>(norm), tile));
+  const int position = position_of(static_cast<int>(threadIdx.x) / kPlainParts);
+  if (threadIdx.x % kPlainParts == 0) {
+    out[layout.k_norms_offset() + position] =
+        norm_byte(norm, largest, unit_bits(max_scale, max_mid, largest), position);
+  }
+  for (int i = layout.used_bytes() + static_cast<int>(threadIdx.x); i < layout.tile_bytes();
+       i += kPlainThreads) {
+    out[i] = 0;
+  }
+}
+
 // feedback: weights of this KV head, or null.
 template <int kBits>
 __device__ inline void plain_keys(const TileLayout& layout, const std::uint16_t* feedback,
                                   const PlainTile& tile, std::uint8_t* out) {
-  plain_norms(tile, out + layout.k_norms_offset());
+  const int norm = plain_norms(tile);
   float max_scale = 0.0f;
   float max_mid = 0.0f;
   for (int c = static_cast<int>(threadIdx.x); c < tile.head_dim; c += kPlainThreads) {
@@ -153,22 +169,16 @@ __device__ inline void plain_keys(const TileLayout& layout, const std::uint16_t*
     max_scale = fmaxf(max_scale, tile.grids[c].inverse);
     max_mid = fmaxf(max_mid, fabsf(tile.grids[c].mid));
   }
-  const __half top_scale = __float2half_rn(block_max(max_scale, tile));
-  const __half top_mid = __float2half_rn(block_max(max_mid, tile));
-  const Unit scale_unit = unit_of(top_scale, kMaxScaleIndex);
-  const Unit mid_unit = unit_of(top_mid, kMaxMidIndex);
+  max_scale = rounded_to_bf16(block_max(max_scale, tile));
+  max_mid = rounded_to_bf16(block_max(max_mid, tile));
+  const Unit scale_unit = unit_of(max_scale, kMaxScaleIndex);
+  const Unit mid_unit = unit_of(max_mid, kMaxMidIndex);
   for (int c = static_cast<int>(threadIdx.x); c < tile.head_dim; c += kPlainThreads) {
     Grid& grid = tile.grids[c];  // so far: the wanted mid and scale
     out[layout.k_params_offset() + c] = static_cast<std::uint8_t>(
         key_params(grid.inverse, grid.mid, scale_unit, mid_unit, &grid, &tile.scales[c]));
   }
-  if (threadIdx.x == 0) {
-    *reinterpret_cast<__half2*>(out + layout.k_units_offset()) = __halves2half2(top_scale, top_mid);
-  }
-  for (int i = layout.k_units_offset() + 4 + static_cast<int>(threadIdx.x); i < layout.tile_bytes();
-       i += kPlainThreads) {
-    out[i] = 0;
-  }
+  plain_norm_bytes(layout, tile, norm, max_scale, max_mid, out);
   __syncthreads();
   if (feedback != nullptr) plain_feedback<kBits>(feedback, tile);
 

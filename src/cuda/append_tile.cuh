@@ -38,7 +38,8 @@ struct KeyExchange {
     float4 grids[8][kLines + 1];  // [g][line]: the two channels' Grids, as pack_keys wants them
     float4 channels[kHeadDim];    // as round_line wants them
   };
-  float2 largest[2];  // scale and |mid| of a warp's channels
+  float2 largest[2];    // scale and |mid| of a warp's channels
+  int largest_norm[2];  // index, of a warp's tokens
 };
 
 template <typename T>
@@ -123,11 +124,11 @@ __device__ inline float of_token(float value, int lane, int b) {
   return __shfl_sync(kAllLanes, value, 4 * b + lane % 4);
 }
 
-// Norm bytes; y becomes z. The sum of squares in the lanes' order of the format: channels l, l +
-// 16,
-// ... then l + 8 (g / 4), l + 4 (x), l + 2 and l + 1 (g).
+// y becomes z; returns the norm index of the lane's own token, that of position 4 quad + g % 4. The
+// sum of squares in the lanes' order of the format: channels l, l + 16, ... then l + 8 (g / 4), l +
+// 4 (x), l + 2 and l + 1 (g).
 template <int kHeadDim>
-__device__ inline void scale_keys(Rotated<kHeadDim>& y, TileLane place, std::uint8_t* norms) {
+__device__ inline int scale_keys(Rotated<kHeadDim>& y, TileLane place) {
   float sums[4];
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
@@ -147,14 +148,14 @@ __device__ inline void scale_keys(Rotated<kHeadDim>& y, TileLane place, std::uin
   }
   // head_dim is a power of two here: the product is the quotient.
   const int index = norm_index(own_of(sums, place.lane) * (1.0f / static_cast<float>(kHeadDim)));
-  if (place.g() < 4) norms[4 * place.quad() + place.g()] = static_cast<std::uint8_t>(index);
-  const float mine = inverse_scale_of(index, kNormOffset);
+  const float mine = inverse_scale_of(index, kTokenNormOffset);
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
     const float inverse = of_token(mine, place.lane, b);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) at<kHeadDim>(y, i % 2, i / 2 % 2, i / 4, b) *= inverse;
   }
+  return index;
 }
 
 // Extremes of this lane's channels over its four tokens, for the tile's other lanes to see.
@@ -177,9 +178,10 @@ __device__ inline void publish_extremes(const Rotated<kHeadDim>& z, TileLane pla
 }
 
 // Scale and mid of every channel of the tile: thread t takes pair t (and t + 64, ...). kFed: into
-// exchange.channels instead of grids.
+// exchange.channels instead of grids. Then the norms' bytes, whose units are known here; norm: the
+// index of the lane's own token (scale_keys).
 template <int kHeadDim, int kBits, bool kFed>
-__device__ inline void key_grids(TileLane place, KeyExchange<kHeadDim>& exchange,
+__device__ inline void key_grids(int norm, TileLane place, KeyExchange<kHeadDim>& exchange,
                                  const TileLayout& layout, std::uint8_t* out) {
   constexpr int kPairs = KeyExchange<kHeadDim>::kPairs;
   constexpr int kOwn = (kPairs + kTileThreads - 1) / kTileThreads;
@@ -208,11 +210,21 @@ __device__ inline void key_grids(TileLane place, KeyExchange<kHeadDim>& exchange
   // Neither is negative: their bits are in the order of the numbers.
   largest.x = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(largest.x)));
   largest.y = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(largest.y)));
-  if (place.lane == 0) exchange.largest[place.warp] = largest;
+  const int largest_norm = __reduce_max_sync(kAllLanes, norm);
+  if (place.lane == 0) {
+    exchange.largest[place.warp] = largest;
+    exchange.largest_norm[place.warp] = largest_norm;
+  }
   place.sync();
   const float2 other = exchange.largest[1 - place.warp];
-  const __half top_scale = __float2half_rn(fmaxf(largest.x, other.x));
-  const __half top_mid = __float2half_rn(fmaxf(largest.y, other.y));
+  const float top_scale = rounded_to_bf16(fmaxf(largest.x, other.x));
+  const float top_mid = rounded_to_bf16(fmaxf(largest.y, other.y));
+  if (place.g() < 4) {
+    const int top_norm = max(largest_norm, exchange.largest_norm[1 - place.warp]);
+    const int position = 4 * place.quad() + place.g();
+    out[layout.k_norms_offset() + position] =
+        norm_byte(norm, top_norm, unit_bits(top_scale, top_mid, top_norm), position);
+  }
   const Unit scale_unit = unit_of(top_scale, kMaxScaleIndex);
   const Unit mid_unit = unit_of(top_mid, kMaxMidIndex);
 #pragma unroll
@@ -239,12 +251,6 @@ __device__ inline void key_grids(TileLane place, KeyExchange<kHeadDim>& exchange
           make_float4(grids[0].mid, grids[0].inverse, grids[1].mid, grids[1].inverse);
     }
   }
-  // The units, and zeros up to the tile's end.
-  if (thread < (layout.tile_bytes() - layout.k_units_offset()) / 4) {
-    const __half2 units = __halves2half2(top_scale, top_mid);
-    reinterpret_cast<std::uint32_t*>(out + layout.k_units_offset())[thread] =
-        thread == 0 ? *reinterpret_cast<const std::uint32_t*>(&units) : 0u;
-  }
 }
 
 // weights: of the tile's KV head; null: no feedback (known when compiled).
@@ -252,10 +258,11 @@ template <int kHeadDim, int kBits, bool kFed>
 __device__ inline void key_tile(Rotated<kHeadDim>& y, TileLane place, const TileLayout& layout,
                                 const FeedbackWeights<kHeadDim>* weights,
                                 KeyExchange<kHeadDim>& exchange, std::uint8_t* out) {
-  scale_keys<kHeadDim>(y, place, out + layout.k_norms_offset());
+  static_assert(kHeadDim % 32 == 0);  // no zeros at the tile's end
+  const int norm = scale_keys<kHeadDim>(y, place);
   publish_extremes<kHeadDim>(y, place, exchange);
   place.sync();
-  key_grids<kHeadDim, kBits, kFed>(place, exchange, layout, out);
+  key_grids<kHeadDim, kBits, kFed>(norm, place, exchange, layout, out);
   if constexpr (kFed) {
     pack_keys_fed<kHeadDim, kBits>(y, place, *weights, exchange.channels, exchange.line,
                                    out + layout.k_codes_offset());

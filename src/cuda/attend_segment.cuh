@@ -157,8 +157,9 @@ __device__ inline void attend_packed_segment(const CudaAttendCall& call, const D
     const GroupTiles tiles{group, begin, end,
                            make_int2(max(state.seen.x, kTileTokens * (tile + begin)),
                                      min(state.seen.y, kTileTokens * (tile + end)))};
-    unpack_channels<S>(call, here, warp, tiles, state, query);
-    unpack_tokens<S>(call, here, warp, tiles, state.log_unit);
+    const std::uint32_t units = units_word(norm_word<S>(call, here, warp), here);
+    unpack_channels<S>(call, here, warp, tiles, state, query, units);
+    unpack_tokens<S>(call, here, warp, tiles, state.log_unit, units);
     __syncwarp();
     const int behind = state.last_tile;
     const int next_end = min(behind - (group + 1) * kGroupTiles, kGroupTiles);

@@ -21,23 +21,41 @@ __device__ inline const std::uint8_t* tail_of(const CudaAttendCall&, const char*
   return reinterpret_cast<const std::uint8_t*>(warp) + S::kTails + tile * S::kTailBytes;
 }
 
+// The norm bytes of four positions: lane l has position group l % 8 of tile l / 8.
+template <class S>
+__device__ inline std::uint32_t norm_word(const CudaAttendCall& call, const Lane& lane,
+                                          const char* warp) {
+  const std::uint8_t* norms = tail_of<S>(call, warp, lane.index / 8) + S::head_dim(call) + 64;
+  return reinterpret_cast<const std::uint32_t*>(norms)[lane.index % 8];
+}
+
+// The units of tile l / 8 in lane l: the product puts the top bits of a word's bytes side by side
+// at its top, and the tile's eight lanes put theirs together.
+__device__ inline std::uint32_t units_word(std::uint32_t norms, const Lane& lane) {
+  std::uint32_t bits = (norms & 0x80808080u) * 0x00204081u >> 28 << 4 * (lane.index % 8);
+  bits |= __shfl_xor_sync(kFullWarp, bits, 1);
+  bits |= __shfl_xor_sync(kFullWarp, bits, 2);
+  return bits | __shfl_xor_sync(kFullWarp, bits, 4);
+}
+
 struct KeyUnits {
   float scale;  // U_s, never 0
   float mid;    // U_m
 };
-__device__ inline KeyUnits key_units(const std::uint8_t* tail, int dim) {
-  const auto raw = *reinterpret_cast<const std::uint32_t*>(tail + dim + 96);
-  const float2 most = __half22float2(reinterpret_cast<const __half2&>(raw));
-  // Below the smallest fp16 where all scales are 0: mid / scale stays finite.
-  return {fmaxf(most.x * (1.0f / kMaxScaleIndex), 0x1p-28f), most.y * (1.0f / kMaxMidIndex)};
+__device__ inline KeyUnits key_units(std::uint32_t bits) {
+  const float scale = __uint_as_float(bits << 16) * (1.0f / kMaxScaleIndex);
+  const float mid = __uint_as_float(bits & 0xffff0000u) * (1.0f / kMaxMidIndex);
+  // Where all scales are 0, mid / scale stays so small that sums of it are finite.
+  return {fmaxf(fmaxf(scale, mid * 0x1p-40f), 0x1p-100f), mid};
 }
 
 // Lane 4 g + c: tile g % 4, scale indices for g < 4, mid indices for the others; the parameter
 // words of channels c kLaneChannels and on. An MMA with these as rows sums them over the channels.
+// units_of_lane: units_word.
 template <class S>
 __device__ inline void unpack_channels(const CudaAttendCall& call, const Lane& lane, char* warp,
                                        const GroupTiles& tiles, const WarpState<S>& state,
-                                       const DecodeQuery<S>& query) {
+                                       const DecodeQuery<S>& query, std::uint32_t units_of_lane) {
   const int tile = lane.g % kGroupTiles;
   const bool is_mid = lane.g >= kGroupTiles;
   const int left = is_mid ? 2 : 6;
@@ -72,7 +90,7 @@ __device__ inline void unpack_channels(const CudaAttendCall& call, const Lane& l
       }
     }
   }
-  const KeyUnits units = key_units(tail, S::head_dim(call));
+  const KeyUnits units = key_units(__shfl_sync(kFullWarp, units_of_lane, 8 * tile));
   const float ratio = __fdividef(units.mid, units.scale);
   constexpr float kMiddle = 0.5f * static_cast<float>(max_code(S::kKBits));
 #pragma unroll
@@ -100,7 +118,8 @@ __device__ inline void unpack_channels(const CudaAttendCall& call, const Lane& l
 // exponent of -infinity.
 template <class S>
 __device__ inline void unpack_tokens(const CudaAttendCall& call, const Lane& lane, char* warp,
-                                     const GroupTiles& tiles, float log_unit) {
+                                     const GroupTiles& tiles, float log_unit,
+                                     std::uint32_t units_of_lane) {
   const int dim = S::head_dim(call);
   const int tile = lane.index / 8;
   const int at = lane.index % 8;
@@ -109,12 +128,12 @@ __device__ inline void unpack_tokens(const CudaAttendCall& call, const Lane& lan
     return *reinterpret_cast<const std::uint32_t*>(tail + offset + 4 * at);
   };
   const std::uint32_t scale = word(dim);
-  const std::uint32_t norm = word(dim + 64);
-  const float unit = log2_fast(key_units(tail, dim).scale) + log_unit - kNormBias;
+  const std::uint32_t norm = norm_word<S>(call, lane, warp);
+  const float unit = log2_fast(key_units(units_of_lane).scale) + log_unit - kNormBias;
   float norms[4], logs[4], inverses[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const std::uint32_t u = norm >> 8 * i & 0xffu;
+    const std::uint32_t u = norm >> 8 * i & kMaxNormIndex;
     const std::uint32_t v = scale >> 8 * i & 0xffu;
     norms[i] = u == 0 ? 0.0f : exp2_fast(fmaf(static_cast<float>(u), 0.125f, unit));
     // Scale 0: a weight so small that only the denominator sees it.

@@ -40,11 +40,9 @@ struct KeyUnits {
   float scale;
   float mid;
 };
-__device__ inline KeyUnits key_units(const TileLayout& tile, const char* raw) {
-  const auto bits = *reinterpret_cast<const std::uint32_t*>(raw + tile.k_units_offset());
-  const float2 most = __half22float2(as_half2(bits));
-  const float scale = most.x * (1.0f / kMaxScaleIndex);
-  const float mid = most.y * (1.0f / kMaxMidIndex);
+__device__ inline KeyUnits key_units(std::uint32_t bits) {
+  const float scale = __uint_as_float(bits << 16) * (1.0f / kMaxScaleIndex);
+  const float mid = __uint_as_float(bits & 0xffff0000u) * (1.0f / kMaxMidIndex);
   const float unit = fmaxf(fmaxf(scale, mid * 0x1p-9f), 1e-30f);
   const float inverse = __fdividef(1.0f, unit);
   return {unit, scale * inverse, mid * inverse};
@@ -64,7 +62,7 @@ __device__ inline float log_scale(int index, int bias) {
 
 // The parameter bytes of one position of a tile, and what they stand for.
 struct TokenBytes {
-  std::uint8_t norm;
+  std::uint8_t norm;  // with a bit of the units
   std::uint8_t v_scale;
   std::int8_t v_mid;
 
@@ -73,10 +71,16 @@ struct TokenBytes {
         v_scale(static_cast<std::uint8_t>(raw[tile.v_scales_offset() + position])),
         v_mid(static_cast<std::int8_t>(raw[tile.v_mids_offset() + position])) {}
 
+  // Of the tile, by a warp whose lane l has position l.
+  [[nodiscard]] __device__ KeyUnits units() const {
+    return key_units(__ballot_sync(0xffffffffu, norm > kMaxNormIndex));
+  }
+
   __device__ void store(float key_unit, float v_middle, int position, TokenParameters& to) const {
     const float scale = log_scale(v_scale, kVScaleBias + kValueShift);
     const int column = (position & ~3) + ((position & 1) << 1) + ((position & 2) >> 1);
-    to.norm[position] = __float2half2_rn(log_scale(norm, kNormBias + kKeyShift) * key_unit);
+    to.norm[position] =
+        __float2half2_rn(log_scale(norm & kMaxNormIndex, kNormBias + kKeyShift) * key_unit);
     to.v_scale[column] = __float2half_rn(scale);
     to.v_offset[column] =
         __float2half_rn(scale * (static_cast<float>(v_mid) * kVMidUnit - v_middle));
@@ -165,7 +169,7 @@ __device__ inline void fill_format(int head_dim, const char* raw, int thread,
   const bool has_keys = kFull || 8 * chunk < head_dim;
   const int line = kKeyBits == 2 ? chunk / 2 : chunk;
   const TokenBytes token(tile, bytes, lane);
-  const KeyUnits units = key_units(tile, bytes);
+  const KeyUnits units = token.units();
   uint2 channels = make_uint2(0, 0);
   uint4 words[kSteps] = {};
   if (has_keys) {

@@ -5,7 +5,7 @@
 // multiply-add: the results are those of the CPU to the last bit.
 #pragma once
 
-#include <cuda_fp16.h>
+#include <cuda_bf16.h>
 
 #include <cstdint>
 
@@ -50,10 +50,22 @@ __device__ inline float divide(float x, Unit unit) {
   return __fmaf_rn(__fmaf_rn(-unit.value, better, x), unit.inverse, better);
 }
 
-// From the stored fp16 maximum.
-__device__ inline Unit unit_of(__half maximum, int steps) {
-  const float value = __half2float(maximum) / static_cast<float>(steps);
+__device__ inline float rounded_to_bf16(float x) {
+  return __bfloat162float(__float2bfloat16_rn(x));
+}
+
+// From a maximum in bf16.
+__device__ inline Unit unit_of(float maximum, int steps) {
+  const float value = maximum / static_cast<float>(steps);
   return {value, reciprocal(value)};
+}
+
+// Both maxima as the tile stores them: times its norms' power of two, bf16.
+__device__ inline std::uint32_t unit_bits(float max_scale, float max_mid, int largest_norm) {
+  const float tile_norm =
+      __uint_as_float(static_cast<std::uint32_t>(norm_octave(largest_norm) + 127) << 23);
+  const __nv_bfloat162 units = __floats2bfloat162_rn(max_scale * tile_norm, max_mid * tile_norm);
+  return reinterpret_cast<const std::uint32_t&>(units);
 }
 
 __device__ inline float clamped(float x, float low, float high) {

@@ -11,7 +11,7 @@
 
 namespace oscar::cuda {
 
-inline constexpr int kNormOffset = 8 * kNormBias;
+inline constexpr int kTokenNormOffset = 8 * kTokenNormBias;
 inline constexpr int kVScaleOffset = 8 * kVScaleBias;
 
 // Index of the root mean square from the mean square; half the steps, as the norm is the root.
@@ -21,10 +21,17 @@ __device__ inline int norm_index(float mean_square) {
   constexpr float kBounds[4] = {0x1.172b84p+0f, 0x1.4bfdaep+0f, 0x1.8ace54p+0f, 0x1.d5818ep+0f};
   const unsigned bits = __float_as_uint(mean_square);
   const float mantissa = __uint_as_float((bits & 0x7fffffu) | 0x3f800000u);
-  int index = 4 * (static_cast<int>(bits >> 23) - 127) + kNormOffset;
+  int index = 4 * (static_cast<int>(bits >> 23) - 127) + kTokenNormOffset;
 #pragma unroll
   for (const float bound : kBounds) index += mantissa >= bound ? 1 : 0;
   return min(max(index, 1), 255);
+}
+
+// The byte of a norm whose tile's largest index is `largest`, with its bit of the tile's units.
+__device__ inline std::uint8_t norm_byte(int index, int largest, std::uint32_t units,
+                                         int position) {
+  const std::uint32_t stored = static_cast<std::uint32_t>(stored_norm(index, largest));
+  return static_cast<std::uint8_t>(stored | (units >> position & 1u) << 7);
 }
 
 // Index of a V scale; the boundaries are float(2^((2 j - 1) / 16)).

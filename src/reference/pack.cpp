@@ -17,13 +17,9 @@ std::uint8_t get(const std::uint8_t* section, int word, int shift, int bits) {
   return static_cast<std::uint8_t>(section[4 * word + shift / 8] >> (shift % 8) & max_code(bits));
 }
 
-void put_half(std::uint8_t* bytes, std::uint16_t half) {
-  bytes[0] = static_cast<std::uint8_t>(half & 0xffu);
-  bytes[1] = static_cast<std::uint8_t>(half >> 8);
-}
-
-std::uint16_t get_half(const std::uint8_t* bytes) {
-  return static_cast<std::uint16_t>(bytes[0] | bytes[1] << 8);
+// Bit p of the two bf16 units: U_s in positions 0 to 15, U_m in positions 16 to 31.
+int unit_bit(const Tile& tile, int p) {
+  return p < 16 ? tile.k_max_scale >> p & 1 : tile.k_max_mid >> (p - 16) & 1;
 }
 
 }  // namespace
@@ -40,17 +36,17 @@ void pack(const TileLayout& layout, const Tile& tile, std::uint8_t* bytes) {
     }
     bytes[layout.v_scales_offset() + p] = tile.v_scales[t];
     bytes[layout.v_mids_offset() + p] = static_cast<std::uint8_t>(tile.v_mids[t]);
-    bytes[layout.k_norms_offset() + p] = tile.k_norms[t];
+    bytes[layout.k_norms_offset() + p] =
+        static_cast<std::uint8_t>(tile.k_norms[t] | unit_bit(tile, p) << 7);
   }
   for (int c = 0; c < layout.head_dim; ++c) {
     bytes[layout.k_params_offset() + c] =
         static_cast<std::uint8_t>(tile.k_scales[c] | (tile.k_mids[c] + kMaxMidIndex) << 4);
   }
-  put_half(bytes + layout.k_units_offset(), tile.k_max_scale);
-  put_half(bytes + layout.k_units_offset() + 2, tile.k_max_mid);
 }
 
 void unpack(const TileLayout& layout, const std::uint8_t* bytes, Tile& tile) {
+  std::uint32_t units = 0;
   for (int t = 0; t < kTileTokens; ++t) {
     const int p = position_of(t);
     for (int c = 0; c < layout.head_dim; ++c) {
@@ -61,15 +57,17 @@ void unpack(const TileLayout& layout, const std::uint8_t* bytes, Tile& tile) {
     }
     tile.v_scales[t] = bytes[layout.v_scales_offset() + p];
     tile.v_mids[t] = static_cast<std::int8_t>(bytes[layout.v_mids_offset() + p]);
-    tile.k_norms[t] = bytes[layout.k_norms_offset() + p];
+    const std::uint8_t norm = bytes[layout.k_norms_offset() + p];
+    tile.k_norms[t] = norm & kMaxNormIndex;
+    units |= std::uint32_t{norm} >> 7 << p;
   }
   for (int c = 0; c < layout.head_dim; ++c) {
     const int param = bytes[layout.k_params_offset() + c];
     tile.k_scales[c] = static_cast<std::uint8_t>(param & 15);
     tile.k_mids[c] = static_cast<std::int8_t>((param >> 4) - kMaxMidIndex);
   }
-  tile.k_max_scale = get_half(bytes + layout.k_units_offset());
-  tile.k_max_mid = get_half(bytes + layout.k_units_offset() + 2);
+  tile.k_max_scale = static_cast<std::uint16_t>(units & 0xffffu);
+  tile.k_max_mid = static_cast<std::uint16_t>(units >> 16);
 }
 
 }  // namespace oscar::reference

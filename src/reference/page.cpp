@@ -20,9 +20,9 @@ Copy copy_of(const Layout& layout, std::int64_t position, std::int64_t packed,
 void read_packed(const TileLayout& layout, const Tile& tile, int token, double* k, double* v) {
   const double k_middle = 0.5 * max_code(layout.format.k_bits);
   const double v_middle = 0.5 * max_code(layout.format.v_bits);
-  const double scale_unit = fp16_to_float(tile.k_max_scale) / double{kMaxScaleIndex};
-  const double mid_unit = fp16_to_float(tile.k_max_mid) / double{kMaxMidIndex};
-  const double norm = norm_of(tile.k_norms[token]);
+  const double scale_unit = bf16_to_float(tile.k_max_scale) / double{kMaxScaleIndex};
+  const double mid_unit = bf16_to_float(tile.k_max_mid) / double{kMaxMidIndex};
+  const double norm = stored_norm_of(tile.k_norms[token]);
   const double v_scale = value_scale_of(tile.v_scales[token]);
   const double v_mid = tile.v_mids[token] * double{kVMidUnit};
   for (int c = 0; c < layout.head_dim; ++c) {

@@ -46,17 +46,30 @@ void carry_error(const std::uint16_t* feedback, int head_dim, int c, float value
   }
 }
 
+float rounded_to_bf16(float x) { return bf16_to_float(float_to_bf16(x)); }
+
+// Rows become y / norm; returns 2^norm_octave, by which the stored norms are too small.
+float divide_by_norms(int head_dim, float* y, Tile& tile) {
+  std::uint8_t indices[kTileTokens];
+  for (int t = 0; t < kTileTokens; ++t) {
+    float* row = y + t * head_dim;
+    indices[t] = norm_index(head_dim, row);
+    const float inverse = inverse_norm_of(indices[t]);
+    for (int c = 0; c < head_dim; ++c) row[c] *= inverse;
+  }
+  const int largest = *std::max_element(indices, indices + kTileTokens);
+  for (int t = 0; t < kTileTokens; ++t) {
+    tile.k_norms[t] = static_cast<std::uint8_t>(stored_norm(indices[t], largest));
+  }
+  return std::ldexp(1.0f, norm_octave(largest));
+}
+
 }  // namespace
 
 void quantize_keys(const TileLayout& layout, float* y, Tile& tile, const std::uint16_t* feedback) {
   const int head_dim = layout.head_dim;
   const int bits = layout.format.k_bits;
-  for (int t = 0; t < kTileTokens; ++t) {
-    float* row = y + t * head_dim;
-    tile.k_norms[t] = norm_index(head_dim, row);
-    const float inverse = inverse_norm_of(tile.k_norms[t]);
-    for (int c = 0; c < head_dim; ++c) row[c] *= inverse;
-  }
+  const float tile_norm = divide_by_norms(head_dim, y, tile);
 
   const float share = k_range_share(bits, feedback != nullptr) / static_cast<float>(max_code(bits));
   float scales[kMaxHeadDim];
@@ -70,10 +83,12 @@ void quantize_keys(const TileLayout& layout, float* y, Tile& tile, const std::ui
     max_scale = std::max(max_scale, scales[c]);
     max_mid = std::max(max_mid, std::abs(mids[c]));
   }
-  tile.k_max_scale = float_to_fp16(max_scale);
-  tile.k_max_mid = float_to_fp16(max_mid);
-  const float scale_unit = fp16_to_float(tile.k_max_scale) / static_cast<float>(kMaxScaleIndex);
-  const float mid_unit = fp16_to_float(tile.k_max_mid) / static_cast<float>(kMaxMidIndex);
+  max_scale = rounded_to_bf16(max_scale);
+  max_mid = rounded_to_bf16(max_mid);
+  tile.k_max_scale = float_to_bf16(max_scale * tile_norm);
+  tile.k_max_mid = float_to_bf16(max_mid * tile_norm);
+  const float scale_unit = max_scale / static_cast<float>(kMaxScaleIndex);
+  const float mid_unit = max_mid / static_cast<float>(kMaxMidIndex);
 
   for (int c = 0; c < head_dim; ++c) {
     const int scale_index =

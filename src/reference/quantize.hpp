@@ -16,9 +16,9 @@ struct Tile {
   std::uint8_t v_codes[kTileTokens][kMaxHeadDim];
   std::uint8_t k_scales[kMaxHeadDim];  // i_s
   std::int8_t k_mids[kMaxHeadDim];     // i_m
-  std::uint8_t k_norms[kTileTokens];
-  std::uint16_t k_max_scale;  // fp16
-  std::uint16_t k_max_mid;    // fp16
+  std::uint8_t k_norms[kTileTokens];   // stored_norm
+  std::uint16_t k_max_scale;           // bf16, times 2^norm_octave
+  std::uint16_t k_max_mid;             // bf16, times 2^norm_octave
   std::uint8_t v_scales[kTileTokens];
   std::int8_t v_mids[kTileTokens];
 };

@@ -53,7 +53,8 @@ std::uint8_t norm_index(int head_dim, const float* y) {
   const float mean_square = sum_of_squares(head_dim, y) / static_cast<float>(head_dim);
   if (mean_square == 0.0f) return 0;
   // Half the steps: the norm is the square root.
-  return clamp_index(kStepsPerOctave * kNormBias + log2_steps(mean_square, kStepsPerOctave / 2));
+  return clamp_index(kStepsPerOctave * kTokenNormBias +
+                     log2_steps(mean_square, kStepsPerOctave / 2));
 }
 
 std::uint8_t value_scale_index(float scale) {
@@ -61,11 +62,11 @@ std::uint8_t value_scale_index(float scale) {
   return clamp_index(kStepsPerOctave * kVScaleBias + log2_steps(scale, kStepsPerOctave));
 }
 
-float norm_of(std::uint8_t index) {
-  return index == 0 ? 0.0f : exp2_float(octaves(index, kNormBias));
-}
 float inverse_norm_of(std::uint8_t index) {
-  return index == 0 ? 0.0f : exp2_float(-octaves(index, kNormBias));
+  return index == 0 ? 0.0f : exp2_float(-octaves(index, kTokenNormBias));
+}
+float stored_norm_of(std::uint8_t stored) {
+  return stored == 0 ? 0.0f : exp2_float(octaves(stored, kNormBias));
 }
 float value_scale_of(std::uint8_t index) {
   return index == 0 ? 0.0f : exp2_float(octaves(index, kVScaleBias));

@@ -13,9 +13,11 @@ std::uint8_t norm_index(int head_dim, const float* y);
 // Index of a V scale >= 0; 0 for 0, else 1..255.
 std::uint8_t value_scale_index(float scale);
 
-// What an index stands for, and its inverse; both are 0 at index 0.
-float norm_of(std::uint8_t index);
+// What a row is divided by for its index, and what a stored index (stored_norm) stands for.
 float inverse_norm_of(std::uint8_t index);
+float stored_norm_of(std::uint8_t stored);
+
+// What an index stands for, and its inverse. All four are 0 at index 0.
 float value_scale_of(std::uint8_t index);
 float inverse_value_scale_of(std::uint8_t index);
 

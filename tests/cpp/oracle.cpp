@@ -9,8 +9,6 @@
 #include <functional>
 #include <limits>
 
-#include "core/half.hpp"
-
 namespace oscar::testing {
 namespace {
 
@@ -38,9 +36,9 @@ void unrotate(Vector& x) {
   for (int c = 0; c < head_dim; ++c) x[c] *= channel_sign(c);
 }
 
-double half_at(const std::uint8_t* bytes) {
-  const auto bits = static_cast<std::uint16_t>(bytes[0] + 256 * bytes[1]);
-  return static_cast<double>(std::bit_cast<Half>(bits));
+double bf16_at(const std::uint8_t* bytes) {
+  const std::uint32_t bits = bytes[0] * 0x10000u + bytes[1] * 0x1000000u;
+  return std::bit_cast<float>(bits);
 }
 
 int k_code(const std::uint8_t* codes, int bits, int position, int c) {
@@ -167,11 +165,13 @@ void decode_token(const CacheFixture& fixture, int b, int kv_head, std::int64_t 
   const std::uint8_t* v_scales = k_params + head_dim;
   const std::uint8_t* v_mids = v_scales + 32;
   const std::uint8_t* k_norms = v_mids + 32;
-  const double scale_unit = half_at(k_norms + 32) / 15;
-  const double mid_unit = half_at(k_norms + 34) / 7;
+  std::uint8_t units[4] = {};
+  for (int i = 0; i < 32; ++i) units[i / 8] += (k_norms[i] / 128) << i % 8;
+  const double scale_unit = bf16_at(units) / 15;
+  const double mid_unit = bf16_at(units + 2) / 7;
   const auto t = static_cast<int>(position % 32);
   const int p = 4 * (t % 8) + t / 8;
-  const double norm = k_norms[p] == 0 ? 0.0 : std::exp2(k_norms[p] / 8.0 - 20);
+  const double norm = k_norms[p] % 128 == 0 ? 0.0 : std::exp2(k_norms[p] % 128 / 8.0 - 16);
   const double v_scale = v_scales[p] == 0 ? 0.0 : std::exp2(v_scales[p] / 8.0 - 16);
   const double v_mid = static_cast<std::int8_t>(v_mids[p]) / 64.0;
   k.resize(static_cast<std::size_t>(head_dim));

@@ -68,7 +68,7 @@ def test_ragged_batch_equals_single_sequences():
 def test_pool_grows_by_pages_and_frees_them():
     cache = make(batch=3, page_tokens=64)
     assert cache.memory()["packed"] == 0
-    page_bytes = 2 * 2 * 672  # 2 tiles of 672 bytes for each of 2 KV heads
+    page_bytes = 2 * 2 * 640  # 2 tiles of 640 bytes for each of 2 KV heads
     cache.append(rows(3 * 31), rows(3 * 31))
     assert cache.memory()["packed"] == 0
     cache.append(rows(3 * 2), rows(3 * 2))

@@ -112,7 +112,7 @@ def test_attend_traces_under_fake_tensors():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        cache_like = [torch.empty(3, 2, 4, 1216, dtype=torch.uint8), torch.empty(1, 2, 2, 68, 64)]
+        cache_like = [torch.empty(3, 2, 4, 1184, dtype=torch.uint8), torch.empty(1, 2, 2, 68, 64)]
         table = torch.empty(1, 16, dtype=torch.int32)
         one = torch.empty(1, dtype=torch.int32)
         q, k = torch.empty(5, 6, 64, dtype=torch.bfloat16), torch.empty(5, 2, 64)

@@ -23,9 +23,8 @@ from .codec import Codec, LayerCodes, LayerInput, sliding_packed
 _K_SHARES = {2: 0.88, 3: 0.96}  # of the (max - min) range that the codes span; other bits: 1
 _FED_K_SHARES = {2: 0.94}  # with error feedback; other bits: 1
 _V_SHARES = {2: 0.82, 3: 0.92}
-_NORM_BITS = 8
 _V_PARAM_BITS = 16  # 8-bit scale, 8-bit mid
-_UNIT_BITS = 32  # two fp16 units a group
+_UNIT_BITS = 32  # two bf16 units a group
 _FP16_PARAMS = 16  # k_params of 16: the scale and the mid themselves, as fp16
 _TILE_ALIGN = 32 * 8  # a tile is rounded up to 32 bytes
 
@@ -39,7 +38,8 @@ class Twin(Codec):
     (0: the format's). group: tokens of a K group (divides tile), k_params: bits of its scale and of
     its mid (16: fp16 without units). v_group: channels of a V group, 0: all of a head.
     norm: K's norm per "head" and token, per token over the "layer", or "none"; norm_steps: stored
-    values an octave (0: not rounded); norm_blocks: norms a head, each for head_dim / norm_blocks
+    values an octave, a power of two, over the 16 octaves below a tile's largest (0: not rounded,
+    counted as 16 bits); norm_blocks: norms a head, each for head_dim / norm_blocks
     rotated channels. balance: "prompt" (measured on the first balance_tokens of the prompt; 0: on
     all), "none" or a file that `oscar calibrate` wrote. rotate: 0 leaves channels as they are.
     feedback: "prompt" (the rounding errors of K are carried on, see feedback.py; measured as the
@@ -90,7 +90,8 @@ class Twin(Codec):
         """Of a tile, its padding counted with K."""
         norms = {"head": self.norm_blocks, "layer": 1 / kv_heads, "none": 0}[self.norm]
         units = 0 if self.k_params == _FP16_PARAMS else _UNIT_BITS / (self.group * head_dim)
-        k = self.k_bits + 2 * self.k_params / self.group + units + norms * _NORM_BITS / head_dim
+        norm_bits = 4 + self.norm_steps.bit_length() - 1 if self.norm_steps else 16
+        k = self.k_bits + 2 * self.k_params / self.group + units + norms * norm_bits / head_dim
         v = self.v_bits + _V_PARAM_BITS / (self.v_group or head_dim)
         elements = self.tile * head_dim
         padded = math.ceil((k + v) * elements / _TILE_ALIGN) * _TILE_ALIGN / elements
@@ -152,9 +153,16 @@ class Twin(Codec):
         if not self.norm_steps:
             return norm
         index = torch.round(self.norm_steps * norm.log2())
-        low, high = 1 - 20 * self.norm_steps, 255 - 20 * self.norm_steps
+        low, high = 1 - 20 * self.norm_steps, 12 * self.norm_steps - 1
         stored = torch.exp2(index.clamp(low, high) / self.norm_steps)
         return torch.where(norm > 0, stored, torch.zeros_like(norm))
+
+    def _stored(self, norm: Tensor) -> Tensor:
+        """Rounded norms as their tile stores them: 0 for those 15 octaves below its largest."""
+        tiles = norm.unflatten(1, (-1, self.group))
+        above = torch.frexp(tiles.amax(2, keepdim=True)).exponent  # all norms are below 2^above
+        least = torch.ldexp(torch.ones(()), above - 16)
+        return torch.where(tiles > least, tiles, torch.zeros_like(tiles)).flatten(1, 2)
 
     # -- quantise K ----------------------------------------------------------------------------
 
@@ -175,7 +183,7 @@ class Twin(Codec):
             over = (coded * scaled).sum(-1, keepdim=True)
             factor = scaled.square().sum(-1, keepdim=True) / over
             norm = self._round_norm(norm * torch.where(over > 0, factor, 1.0).clamp(0.5, 2.0))
-        return (coded * norm).flatten(-2)
+        return (coded * self._stored(norm)).flatten(-2)
 
     def _code_channels(self, z: Tensor, weights: Tensor | None) -> Tensor:
         """Per channel and group of tokens: a mid, a scale and codes."""
@@ -198,8 +206,8 @@ class Twin(Codec):
         if self.k_params == _FP16_PARAMS:
             return scale.half().float(), mid.half().float()
         top_scale, top_mid = 2**self.k_params - 1, 2 ** (self.k_params - 1) - 1
-        unit_s = scale.amax(-1, keepdim=True).half().float() / top_scale
-        unit_m = mid.abs().amax(-1, keepdim=True).half().float() / top_mid
+        unit_s = scale.amax(-1, keepdim=True).bfloat16().float() / top_scale
+        unit_m = mid.abs().amax(-1, keepdim=True).bfloat16().float() / top_mid
         index_s = torch.round(_ratio(scale, unit_s)).clamp(1, top_scale)
         index_m = torch.round(_ratio(mid, unit_m)).clamp(-top_mid, top_mid)
         return index_s * unit_s, index_m * unit_m

@@ -27,30 +27,33 @@ def unpack_first(tiles: Tensor, head_dim: int, format: str) -> tuple[Tensor, Ten
     """
     k_bits, v_bits = _BITS[format]
     k_bytes, v_bytes = TILE_TOKENS * head_dim * k_bits // 8, TILE_TOKENS * head_dim * v_bits // 8
-    sizes = [k_bytes, v_bytes, head_dim, TILE_TOKENS, TILE_TOKENS, TILE_TOKENS, 4]
+    sizes = [k_bytes, v_bytes, head_dim, TILE_TOKENS, TILE_TOKENS, TILE_TOKENS]
     used = tiles[..., : sum(sizes)].split(sizes, dim=-1)
-    k_codes, v_codes, params, v_scales, v_mids, norms, units = used
+    k_codes, v_codes, params, v_scales, v_mids, norms = used
 
-    def scales(codes: Tensor, bias: int) -> Tensor:
+    def scales(codes: Tensor) -> Tensor:
         u = codes[..., : 4 * SINKS : 4].float()
-        return torch.where(u > 0, torch.exp2(u / 8 - bias), 0.0)[..., None]
+        return torch.where(u > 0, torch.exp2(u / 8 - 16), 0.0)[..., None]
 
     words = k_codes.unflatten(-1, (-1, TILE_TOKENS, 4))[..., : 4 * SINKS : 4, :]
     shifts = torch.arange(0, 8, k_bits, dtype=torch.uint8, device=tiles.device)
     # [..., line, token, byte, field] -> [..., token, line, field, byte]: channels in order.
     codes = (words[..., None] >> shifts & (1 << k_bits) - 1).transpose(-4, -3).transpose(-2, -1)
-    limits = units.contiguous().view(torch.float16).float()
+    # The top bits of the norms, position 0 first, are two bf16 numbers.
+    places = torch.arange(8, dtype=torch.uint8, device=tiles.device)
+    units = (norms.unflatten(-1, (4, 8)) >> 7 << places).sum(-1).to(torch.uint8)
+    limits = units.view(torch.bfloat16).float()
     scale = (params & 15).float() * (limits[..., :1] / 15)
     mid = ((params >> 4).float() - 7) * (limits[..., 1:] / 7)
     middle = ((1 << k_bits) - 1) / 2
     k = mid[..., None, :] + scale[..., None, :] * (codes.flatten(-3).float() - middle)
-    k = k * scales(norms, 20)
+    k = k * scales(norms & 127)
 
     quads = v_codes.unflatten(-1, (TILE_TOKENS // 4, -1, 4))[..., :SINKS, :, 0]
     shifts = torch.arange(0, 8, v_bits, dtype=torch.uint8, device=tiles.device)
     fields = quads[..., None, :] >> shifts[:, None] & (1 << v_bits) - 1
     v_mid = v_mids[..., : 4 * SINKS : 4].contiguous().view(torch.int8).float()[..., None] / 64
-    v = scales(v_scales, 16) * (v_mid + fields.flatten(-2).float() - ((1 << v_bits) - 1) / 2)
+    v = scales(v_scales) * (v_mid + fields.flatten(-2).float() - ((1 << v_bits) - 1) / 2)
     return k, v
 
 

@@ -4,7 +4,7 @@
 
 A block of N tokens is a page: uint8 ``[kv_heads, N / 32, tile_bytes]`` of one layer. The exact
 copies of a request, K and V of 64 ring slots and 4 sinks in 16 bits, take 272 head_dim bytes a KV
-head, as much as the pages of about 480 tokens. They lie in 1, 2 or 4 further blocks of the same
+head, as much as the pages of about 490 tokens. They lie in 1, 2 or 4 further blocks of the same
 pool, ``[kv_heads, rows, head_dim]`` at the start of each (``exact_blocks`` in
 include/oscar/cache.hpp).
 """

@@ -18,11 +18,10 @@ TEST(Format, SectionsFollowEachOther) {
       const TileLayout tile{head_dim, format};
       EXPECT_EQ(tile.k_code_bytes(), head_dim * 4 * format.k_bits);
       EXPECT_EQ(tile.v_code_bytes(), head_dim * 4 * format.v_bits);
-      EXPECT_EQ(tile.k_units_offset(),
+      EXPECT_EQ(tile.used_bytes(),
                 tile.k_code_bytes() + tile.v_code_bytes() + head_dim + 3 * kTileTokens);
       EXPECT_EQ(tile.tile_bytes() % 32, 0);
-      EXPECT_GE(tile.tile_bytes(), tile.k_units_offset() + 4);
-      EXPECT_LT(tile.tile_bytes(), tile.k_units_offset() + 4 + 32);
+      EXPECT_EQ(tile.tile_bytes() - tile.used_bytes(), head_dim % 32);
     }
   }
 }

@@ -24,7 +24,7 @@ Tile random_tile(const TileLayout& layout, unsigned seed) {
       tile.k_codes[t][c] = static_cast<std::uint8_t>(below(1 << layout.format.k_bits));
       tile.v_codes[t][c] = static_cast<std::uint8_t>(below(1 << layout.format.v_bits));
     }
-    tile.k_norms[t] = static_cast<std::uint8_t>(below(256));
+    tile.k_norms[t] = static_cast<std::uint8_t>(below(kMaxNormIndex + 1));
     tile.v_scales[t] = static_cast<std::uint8_t>(below(256));
     tile.v_mids[t] = static_cast<std::int8_t>(below(255) - 127);
   }
@@ -62,9 +62,9 @@ TEST(Pack, RoundTrip) {
       Tile back{};
       unpack(layout, bytes.data(), back);
       expect_equal(layout, tile, back);
-      EXPECT_TRUE(std::all_of(bytes.begin() + layout.k_units_offset() + 4, bytes.end(),
-                              [](std::uint8_t x) { return x == 0; }))
-          << "padding";
+      EXPECT_TRUE(std::all_of(bytes.begin() + layout.used_bytes(), bytes.end(), [](std::uint8_t x) {
+        return x == 0;
+      })) << "padding";
     }
   }
 }
@@ -134,21 +134,21 @@ TEST(Pack, Parameters) {
   Tile tile{};
   tile.k_scales[5] = 3;
   tile.k_mids[5] = -2;
-  tile.k_norms[17] = 200;
+  tile.k_norms[17] = 100;
   tile.v_scales[17] = 100;
   tile.v_mids[17] = -1;
-  tile.k_max_scale = 0x1234;
+  tile.k_max_scale = 0x1244;
   tile.k_max_mid = 0x5678;
   pack(layout, tile, bytes.data());
   EXPECT_EQ(bytes[2048 + 5], 3 | 5 << 4);
   const int position = 4 * 1 + 2;  // token 17
   EXPECT_EQ(bytes[2176 + position], 100);
   EXPECT_EQ(bytes[2208 + position], 0xff);
-  EXPECT_EQ(bytes[2240 + position], 200);
-  EXPECT_EQ(bytes[2272], 0x34);
-  EXPECT_EQ(bytes[2273], 0x12);
-  EXPECT_EQ(bytes[2274], 0x78);
-  EXPECT_EQ(bytes[2275], 0x56);
+  for (int p = 0; p < 32; ++p) {
+    const int unit_bit = 0x56781244u >> p & 1u;
+    EXPECT_EQ(bytes[2240 + p], (p == position ? 100 : 0) + 128 * unit_bit) << p;
+  }
+  EXPECT_EQ(bytes[2240 + position], 228) << "a norm and a bit of U_s in one byte";
 }
 
 }  // namespace

@@ -41,17 +41,17 @@ TEST(QuantizeKeys, HandComputed) {
   Tile tile{};
   quantize_keys(layout, y.data(), tile);
   const float scale = 0.88f / 3 * 2;
-  EXPECT_EQ(tile.k_max_scale, float_to_fp16(scale));
+  EXPECT_EQ(tile.k_max_scale, float_to_bf16(2 * scale)) << "all norms are 1, the next octave is 2";
   EXPECT_EQ(tile.k_max_mid, 0);
   for (int t = 0; t < 32; ++t) {
-    EXPECT_EQ(tile.k_norms[t], 160);
+    EXPECT_EQ(tile.k_norms[t], 120);
     for (int c = 0; c < 32; ++c) {
       EXPECT_EQ(tile.k_scales[c], 15);
       EXPECT_EQ(tile.k_mids[c], 0);
       EXPECT_EQ(tile.k_codes[t][c], y[t * 32 + c] > 0 ? 3 : 0);
     }
   }
-  EXPECT_NEAR(restore(layout, tile, 0).k[0], 1.5 * scale, 1e-3);
+  EXPECT_NEAR(restore(layout, tile, 0).k[0], 1.5 * scale, 0x1p-9) << "half a last bit of bf16";
 }
 
 // All tokens equal: every channel is constant, only the mids carry it.
@@ -64,7 +64,7 @@ TEST(QuantizeKeys, ConstantChannels) {
   Tile tile{};
   quantize_keys(layout, y.data(), tile);
   EXPECT_EQ(tile.k_max_scale, 0);
-  EXPECT_EQ(tile.k_max_mid, float_to_fp16(1.0f));
+  EXPECT_EQ(tile.k_max_mid, float_to_bf16(2.0f));
   for (int c = 0; c < 32; ++c) {
     EXPECT_EQ(tile.k_scales[c], 1);
     EXPECT_EQ(tile.k_mids[c], c % 2 ? 7 : -7);
@@ -101,11 +101,31 @@ TEST(QuantizeKeys, NormOfATokenDoesNotTouchOthers) {
   Tile b{};
   quantize_keys(layout, y.data(), a);
   quantize_keys(layout, loud.data(), b);
-  EXPECT_EQ(b.k_norms[3], a.k_norms[3] + 48) << "six octaves";
-  b.k_norms[3] = a.k_norms[3];
+  // Six octaves, which the units take over from the norms of the others.
+  EXPECT_EQ(b.k_max_scale, a.k_max_scale + (6 << 7)) << "the exponent of bf16";
+  EXPECT_EQ(b.k_max_mid, a.k_max_mid + (6 << 7));
+  for (int t = 0; t < 32; ++t) EXPECT_EQ(b.k_norms[t], a.k_norms[t] - (t == 3 ? 0 : 48));
   for (int t = 0; t < 32; ++t)
     EXPECT_TRUE(std::equal(a.k_codes[t], a.k_codes[t] + 64, b.k_codes[t]));
   EXPECT_TRUE(std::equal(a.k_scales, a.k_scales + 64, b.k_scales));
+}
+
+TEST(QuantizeKeys, KeysFarBelowTheLargestReadAsZero) {
+  const TileLayout layout{32, kK4V2};
+  Keys y(32 * 32);
+  for (int t = 0; t < 32; ++t) {
+    for (int c = 0; c < 32; ++c) y[t * 32 + c] = std::ldexp(c % 2 ? 1.0f : -1.0f, -t);
+  }
+  Keys z = y;
+  Tile tile{};
+  quantize_keys(layout, z.data(), tile);
+  for (int t = 0; t < 32; ++t) {
+    EXPECT_EQ(tile.k_norms[t], t < 15 ? 120 - 8 * t : 0) << t;
+    for (int c = 0; c < 32; ++c) {
+      const double expected = t < 15 ? y[t * 32 + c] : 0.0;
+      EXPECT_NEAR(restore(layout, tile, t).k[c], expected, std::abs(expected) * 0x1p-8) << t;
+    }
+  }
 }
 
 // Queries whose channels 2 i and 2 i + 1 correlate by 0.9: the error of the first is to be met by
@@ -153,8 +173,8 @@ TEST(QuantizeKeys, ErrorIsBounded) {
     Keys z = y;
     Tile tile{};
     quantize_keys(layout, z.data(), tile);
-    const double scale_unit = fp16_to_float(tile.k_max_scale) / 15.0;
-    const double mid_unit = fp16_to_float(tile.k_max_mid) / 7.0;
+    const double scale_unit = bf16_to_float(tile.k_max_scale) / 15.0;
+    const double mid_unit = bf16_to_float(tile.k_max_mid) / 7.0;
     for (int t = 0; t < 32; ++t) {
       const Restored row = restore(layout, tile, t);
       for (int c = 0; c < 128; ++c) {
@@ -163,7 +183,8 @@ TEST(QuantizeKeys, ErrorIsBounded) {
         const double half_range = 0.5 * steps * true_scale / k_range_share(format.k_bits, false);
         const double bound =
             std::max(0.5 * scale, half_range - 0.5 * steps * scale + 0.5 * mid_unit);
-        ASSERT_LE(std::abs(row.k[c] - y[t * 128 + c]), norm_of(tile.k_norms[t]) * bound * 1.001);
+        ASSERT_LE(std::abs(row.k[c] - y[t * 128 + c]),
+                  stored_norm_of(tile.k_norms[t]) * bound * 1.001);
       }
     }
   }

@@ -9,6 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "oscar/format.hpp"
+
 namespace oscar::reference {
 namespace {
 
@@ -25,8 +27,8 @@ TEST(Scale, NormOfKnownRows) {
   std::vector<float> y(64, 0.0f);
   y[13] = 8.0f;
   EXPECT_EQ(norm_index(64, y.data()), 160);
-  EXPECT_EQ(norm_of(160), 1.0f);
-  EXPECT_EQ(norm_of(168), 2.0f);
+  EXPECT_EQ(inverse_norm_of(160), 1.0f);
+  EXPECT_EQ(inverse_norm_of(168), 0.5f);
 }
 
 TEST(Scale, NormChangesHalfwayBetweenSteps) {
@@ -37,13 +39,15 @@ TEST(Scale, NormChangesHalfwayBetweenSteps) {
 
 TEST(Scale, ZeroAndExtremes) {
   EXPECT_EQ(norm_of_constant(0.0f), 0);
-  EXPECT_EQ(norm_of(0), 0.0f);
+  EXPECT_EQ(stored_norm_of(0), 0.0f);
   EXPECT_EQ(inverse_norm_of(0), 0.0f);
   EXPECT_EQ(norm_of_constant(1e-18f), 1);
   EXPECT_EQ(norm_of_constant(1e18f), 255);
   EXPECT_EQ(norm_of_constant(65504.0f), 255);
-  EXPECT_EQ(norm_of(1), std::exp2(0.125f - 20.0f));
-  EXPECT_EQ(norm_of(255), std::exp2(11.875f));
+  EXPECT_EQ(inverse_norm_of(1), std::exp2(20.0f - 0.125f));
+  EXPECT_EQ(inverse_norm_of(255), std::exp2(-11.875f));
+  EXPECT_EQ(stored_norm_of(1), std::exp2(0.125f - 16.0f));
+  EXPECT_EQ(stored_norm_of(kMaxNormIndex), std::exp2(-0.125f));
   EXPECT_EQ(value_scale_index(0.0f), 0);
   EXPECT_EQ(value_scale_of(0), 0.0f);
   EXPECT_EQ(value_scale_index(std::numeric_limits<float>::denorm_min()), 1);
@@ -68,9 +72,27 @@ TEST(Scale, EveryIndexIsItsOwn) {
   for (int u = 1; u <= 255; ++u) {
     const auto index = static_cast<std::uint8_t>(u);
     EXPECT_EQ(value_scale_index(value_scale_of(index)), index);
-    EXPECT_EQ(norm_of_constant(norm_of(index)), index);
-    EXPECT_NEAR(norm_of(index) * inverse_norm_of(index), 1.0f, 2e-7f);
+    EXPECT_EQ(norm_of_constant(1.0f / inverse_norm_of(index)), index);
     EXPECT_NEAR(value_scale_of(index) * inverse_value_scale_of(index), 1.0f, 2e-7f);
+  }
+}
+
+// Stored norm and the tile's power of two make the norm again, down to 15 octaves below the
+// largest.
+TEST(Scale, StoredNormsAreRelativeToTheLargest) {
+  for (int largest = 1; largest <= 255; ++largest) {
+    const float tile_norm = std::ldexp(1.0f, norm_octave(largest));
+    for (int u = 0; u <= largest; ++u) {
+      const int stored = stored_norm(u, largest);
+      ASSERT_TRUE(stored >= 0 && stored <= kMaxNormIndex) << u << " of " << largest;
+      if (u == 0 || u < largest - 127) {
+        ASSERT_EQ(stored, 0) << u << " of " << largest;
+      } else if (u > largest - 120) {
+        const float norm = stored_norm_of(static_cast<std::uint8_t>(stored)) * tile_norm;
+        ASSERT_NEAR(norm * inverse_norm_of(static_cast<std::uint8_t>(u)), 1.0f, 2e-7f);
+      }
+    }
+    ASSERT_GE(stored_norm(largest, largest), 120);
   }
 }
 

@@ -17,6 +17,8 @@ struct Section {
   const char* name;
   int begin;
   int end;
+  int first_bit = 0;  // of its bytes
+  int bits = 8;
 };
 
 std::vector<Section> sections_of(const TileLayout& tile) {
@@ -25,15 +27,15 @@ std::vector<Section> sections_of(const TileLayout& tile) {
           {"K params", tile.k_params_offset(), tile.v_scales_offset()},
           {"V scales", tile.v_scales_offset(), tile.v_mids_offset()},
           {"V mids", tile.v_mids_offset(), tile.k_norms_offset()},
-          {"K norms", tile.k_norms_offset(), tile.k_units_offset()},
-          {"K units", tile.k_units_offset(), tile.k_units_offset() + 4}};
+          {"K norms", tile.k_norms_offset(), tile.used_bytes(), 0, 7},
+          {"K units", tile.k_norms_offset(), tile.used_bytes(), 7, 1}};
 }
 
 // One tile, no window and no sinks: the query reads 32 packed tokens and its own.
-CacheSetup one_tile(Format format) {
+CacheSetup one_tile(Format format, int head_dim = 32) {
   CacheSetup setup;
   setup.layout.kv_heads = 1;
-  setup.layout.head_dim = 32;
+  setup.layout.head_dim = head_dim;
   setup.layout.format = format;
   setup.layout.window = 0;
   setup.layout.sinks = 0;
@@ -77,7 +79,8 @@ TEST_P(Mutation, EveryBitCounts) {
         const int byte =
             section.begin +
             static_cast<int>(random() % static_cast<unsigned>(section.end - section.begin));
-        const int bit = static_cast<int>(random() % 8);
+        const int bit =
+            section.first_bit + static_cast<int>(random() % static_cast<unsigned>(section.bits));
         SCOPED_TRACE(::testing::Message() << name_of(format) << " " << section.name << " byte "
                                           << byte - section.begin << " bit " << bit);
         tile[byte] ^= static_cast<std::uint8_t>(1 << bit);
@@ -120,15 +123,15 @@ TEST_P(Mutation, OracleSeesAWrongToken) {
 }
 
 TEST_P(Mutation, PaddingDoesNotCount) {
-  CacheFixture fixture(one_tile(kK2V2));
+  CacheFixture fixture(one_tile(kK2V2, 48));
   fixture.grow({32});
   const Call call = fixture.next({1});
   const Rows q = random_queries(fixture, 1, kQueryHeads, DType::kF32, 5);
   const std::vector<float> before = flatten(run_attend(fixture, call, q, {}).out);
   const TileLayout tile = fixture.layout.tile();
-  ASSERT_LT(tile.k_units_offset() + 4, tile.tile_bytes());
+  ASSERT_LT(tile.used_bytes(), tile.tile_bytes());
   auto* bytes = const_cast<std::uint8_t*>(fixture.tile(0, 0, 0));
-  for (int i = tile.k_units_offset() + 4; i < tile.tile_bytes(); ++i) bytes[i] ^= 0xff;
+  for (int i = tile.used_bytes(); i < tile.tile_bytes(); ++i) bytes[i] ^= 0xff;
   EXPECT_EQ(flatten(run_attend(fixture, call, q, {}).out), before);
 }
 
