@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import importlib.machinery
 import sys
 import types
 from types import SimpleNamespace
@@ -113,6 +114,7 @@ def install():
     for name, contents in MODULES.items():
         module = types.ModuleType(name)
         module.__path__ = []
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # find_spec asks for one
         for key, value in contents.items():
             setattr(module, key, value)
         sys.modules[name] = module

@@ -12,8 +12,8 @@ requests whose embeddings are off by 1e-6.
 import engine
 import pytest
 import torch
+from engine_model import prompts
 from oscar_kv.vllm.spec import REPLAY
-from texts import prompts
 
 LENGTHS = [300, 520, 700, 900, 450, 640, 800, 1024]
 PACKED = {"kv_cache_dtype": "oscar_k2v2"}

@@ -40,12 +40,15 @@ def register() -> None:
 
 
 def _register_backends() -> None:
-    from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+    from sglang.srt.arg_groups.choices import (
+        ATTENTION_BACKEND_CHOICES,
+        add_attention_backend_choices,
+    )
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     for name in BACKENDS:
         if name not in ATTENTION_BACKEND_CHOICES:
-            ATTENTION_BACKEND_CHOICES.append(name)
+            add_attention_backend_choices([name])
         register_attention_backend(name)(_factory(name))
 
 
@@ -53,7 +56,9 @@ def _factory(name: str) -> Any:
     def create(runner: Any) -> Any:
         from .backend import OscarAttnBackend
 
-        return OscarAttnBackend(runner, format_of(name))
+        format = format_of(name)
+        assert format is not None
+        return OscarAttnBackend(runner, format)
 
     return create
 

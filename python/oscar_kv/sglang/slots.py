@@ -111,5 +111,7 @@ class Slots:
             self._exact_from[rows],
             self._first[rows] // self._page_tokens,
         )
-        kept = [k[: x.shape[0]].copy_(x) for k, x in zip(self._kept, values, strict=True)]
-        return Step(*kept, max_query_len, hits)
+        query_start, slot, context, exact_from, table = (
+            kept[: x.shape[0]].copy_(x) for kept, x in zip(self._kept, values, strict=True)
+        )
+        return Step(query_start, slot, context, exact_from, table, max_query_len, hits)
