@@ -64,7 +64,7 @@ class FakeRunner:
             heads, head_dim, head_dim**-0.5, kv_heads, FIRST_LAYER, logit_cap=softcap
         )
         self.model = torch.nn.ModuleDict({"attention": self.layer})
-        self.model_config = SimpleNamespace(hf_config=None)
+        self.model_config = SimpleNamespace(hf_config=None, model_path="none")
         parallel = SimpleNamespace(attn_tp_rank=0, attn_tp_size=1)
         monkeypatch.setattr(backend, "get_parallel", lambda: parallel)
         self.backend = backend.OscarAttnBackend(self, format)

@@ -171,13 +171,13 @@ def test_a_request_that_goes_back_is_an_error(monkeypatch):
 
 def test_balance_of_a_file(monkeypatch, tmp_path):
     """The oracle's cache has the same factors; with others its output is another."""
-    fake = FakeRunner(monkeypatch, SHAPE)
     _, kv_heads, head_dim = SHAPE
     factors = torch.rand(kv_heads, head_dim, generator=torch.Generator().manual_seed(0)) + 0.5
     file = tmp_path / "balance.safetensors"
     Balance("llama", FIRST_LAYER + 1, kv_heads, head_dim, {FIRST_LAYER: factors}).save(file)
     monkeypatch.setenv("OSCAR_KV_BALANCE", str(file))
     monkeypatch.setattr(Balance, "check", lambda self, config: None)
+    fake = FakeRunner(monkeypatch, SHAPE)
     request = fake.add(text(16, 300))
     request.oracle.cache.balance = factors
     for count in (200, 1, 1):

@@ -101,22 +101,15 @@ def test_retraction_and_a_pool_that_is_too_small(tokens, exact):
     assert 0 < divergence(exact, after) < 0.15
 
 
-def test_formats_in_order_and_a_balance_file(tokens, exact, alone, tmp_path):
-    import oscar_kv
-    from engine_model import MODEL
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    file = tmp_path / "balance.safetensors"
-    text = torch.tensor(prompts([1024], start=50_000))
-    oscar_kv.calibrate(model, text).save(file)
+def test_formats_in_order_and_a_balance(tokens, exact, alone, tmp_path):
+    measured = {"OSCAR_KV_BALANCE": "auto", "OSCAR_KV_CACHE": str(tmp_path)}
     calls = [[request] for request in requests(tokens)]
     runs = [
-        sglang_run.run(calls, environment={"OSCAR_KV_BALANCE": str(file)}, **COLD),
+        sglang_run.run(calls, environment=measured, **COLD),
         sglang_run.run(calls, "oscar_k4v4", **COLD),
     ]
     costs = [divergence(exact, alone), *(divergence(exact, states(run)) for run in runs)]
-    print(f"KL k2v2 {costs[0]:.4f}, with a balance file {costs[1]:.4f}, k4v4 {costs[2]:.4f}")
+    print(f"KL k2v2 {costs[0]:.4f}, with a balance {costs[1]:.4f}, k4v4 {costs[2]:.4f}")
     assert costs[0] > 1.1 * costs[1] and costs[1] > 3 * costs[2] > 0
 
 

@@ -14,6 +14,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from .. import _core
+from ..auto_balance import balance_file
 from ..device import FaultWord
 from ..measured import Measured, Rank
 from ..step import LayerSettings, run_step
@@ -23,7 +24,7 @@ from .pool import OscarPool
 from .refuse import check_layer
 from .slots import Slots, Step
 
-BALANCE = "OSCAR_KV_BALANCE"  # environment variable: a file of `oscar calibrate`
+BALANCE = "OSCAR_KV_BALANCE"  # environment variable: a file of `oscar calibrate`, or auto
 
 
 class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
@@ -48,6 +49,8 @@ class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
         pool.allocate_exact(requests.req_to_token.shape[0])
         self.device = pool.pages[0].device
         self._config = runner.model_config.hf_config
+        given = os.environ.get(BALANCE)
+        self._balance = balance_file(given, runner.model_config.model_path) if given else None
         self._measured: dict[int, Measured] = {}
         self._arrays: dict[tuple[int, int], _core.CacheArrays] = {}
         self._step: Step | None = None
@@ -101,13 +104,12 @@ class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
 
     def _of_layer(self, layer: int) -> Measured:
         """Balance and error feedback, read at the first use of a layer."""
-        path = os.environ.get(BALANCE)
         if layer not in self._measured:
             parallel, shape = get_parallel(), self.pool.shape
             rank = Rank(shape.kv_heads, parallel.attn_tp_rank, parallel.attn_tp_size)
             self._measured[layer] = (
-                Measured.of_file(path, self._config, layer, rank, str(self.device))
-                if path
+                Measured.of_file(self._balance, self._config, layer, rank, str(self.device))
+                if self._balance
                 else Measured()
             )
         return self._measured[layer]

@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Balance factors and error feedback of the layers: from a file of `oscar calibrate`.
 
-``--additional-config '{"oscar_kv": {"balance": "FILE"}}'``; without it all factors are 1.
+``--additional-config '{"oscar_kv": {"balance": "FILE"}}'``; "auto" measures one for the model, once
+(auto_balance.py); without it all factors are 1.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from ..auto_balance import balance_file
 from ..measured import Measured, Rank
 from .spec import Geometry
 
@@ -32,6 +34,7 @@ def measured_of_layer(vllm_config: Any, layer_name: str, geometry: Geometry) -> 
 
     layer = extract_layer_index(layer_name)
     ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    config = vllm_config.model_config.hf_config
+    model = vllm_config.model_config
     device = str(vllm_config.device_config.device_type)
-    return Measured.of_file(str(path), config, layer, Rank(geometry.kv_heads, *ranks), device)
+    file = balance_file(str(path), model.model, model.revision)
+    return Measured.of_file(file, model.hf_config, layer, Rank(geometry.kv_heads, *ranks), device)
