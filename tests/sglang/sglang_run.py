@@ -4,8 +4,8 @@
 
 A job is ``{"engine": {...}, "calls": [[{"tokens": [...], "max_tokens": n}, ...], ...]}``: the
 requests of a call run together, the calls one after the other. The result holds, of each request,
-the tokens generated, how many tokens came from the prefix cache, and the last hidden state of every
-position of the prompt, NaN where none was computed.
+the tokens generated, how many tokens came from the prefix cache, and the last hidden states of the
+prompt's last chunk, NaN at the positions before.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main(job_path, result_path):
                 {"temperature": 0, "ignore_eos": True, "max_new_tokens": request["max_tokens"]}
                 for request in call
             ],
-            return_hidden_states=job.get("hidden", True),
+            return_hidden_states=True,
         )
         for request, output in zip(call, outputs, strict=True):
             results.append(recorded(request["tokens"], output))
@@ -90,16 +90,16 @@ def main(job_path, result_path):
 
 
 def recorded(tokens, output):
-    """Of one request; hidden states come in one piece a forward pass, the prompt's first."""
+    """Of one request. Hidden states: first those of the prompt's last chunk, then a token each."""
     info = output["meta_info"]
-    cached = int(info["cached_tokens"])
-    hidden = torch.full((len(tokens), 1), torch.nan)
-    pieces = [torch.tensor(x, dtype=torch.float32) for x in info.get("hidden_states", [])]
-    if pieces:
-        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in pieces])
-        hidden = torch.full((len(tokens), rows.shape[1]), torch.nan)
-        hidden[cached:] = rows[: len(tokens) - cached]
-    return {"tokens": list(output["output_ids"]), "cached": cached, "hidden": hidden}
+    first = torch.tensor(info["hidden_states"][0], dtype=torch.float32)
+    hidden = torch.full((len(tokens), first.shape[-1]), torch.nan)
+    hidden[len(tokens) - first.shape[0] :] = first
+    return {
+        "tokens": list(output["output_ids"]),
+        "cached": int(info["cached_tokens"]),
+        "hidden": hidden,
+    }
 
 
 if __name__ == "__main__":

@@ -89,15 +89,14 @@ def test_prefix_hits(tokens, exact, alone, twice):
     assert found < 2 * usual
 
 
-def test_retraction_and_a_pool_that_is_too_small(tokens, exact):
-    # 4 requests of up to 900 tokens and 200 more each, in 16 pages: some have to start again.
+def test_retraction_in_a_pool_that_is_too_small(tokens, exact):
+    # 17 pages: five requests of 2 pages each are let in, and would be of 5 pages in the end.
     few = {"max_total_tokens": 2176, "schedule_conservativeness": 0.01}
-    short = prompts([384] * 6, start=30_000)
-    call = [{"tokens": prompt, "max_tokens": 200} for prompt in short]
+    call = [{"tokens": x, "max_tokens": 300} for x in prompts([250] * 5, start=30_000)]
     run = sglang_run.run([call, *([r] for r in requests(tokens))], **few)
-    assert [len(request["tokens"]) for request in run.requests] == [200] * 6 + [4] * 4
-    assert "retract" in run.log.lower()
-    after = [request["hidden"] for request in run.requests[6:]]
+    assert [len(request["tokens"]) for request in run.requests] == [300] * 5 + [4] * 4
+    assert "retracted" in run.log.lower()
+    after = [request["hidden"] for request in run.requests[5:]]
     assert 0 < divergence(exact, after) < 0.15
 
 

@@ -40,8 +40,12 @@ def chosen(monkeypatch):
         monkeypatch.setattr(runtime_context, "get_schedule", lambda: schedule)
         parallel = SimpleNamespace(attn_tp_size=1, attn_dcp_size=1)
         monkeypatch.setattr(runtime_context, "get_parallel", lambda: parallel)
-        features = SimpleNamespace(features=SimpleNamespace(enable_memory_saver=False))
-        monkeypatch.setattr(runtime_context, "get_exec", lambda: features)
+        features = SimpleNamespace(enable_memory_saver=False)
+        graphs = SimpleNamespace(prefill=SimpleNamespace(backend="breakable"))
+        execution = SimpleNamespace(
+            features=features, graph=SimpleNamespace(cuda_graph_config=graphs)
+        )
+        monkeypatch.setattr(runtime_context, "get_exec", lambda: execution)
 
     return choose
 
@@ -178,6 +182,7 @@ def test_arguments_refused(chosen, paged, argument, value):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"device": "cuda"}, "--disable-prefill-cuda-graph"),
         ({"use_mla_backend": True}, "MLA"),
         ({"is_hybrid_swa": True}, "sliding window"),
         ({"mambaish_config": object()}, "state-space"),

@@ -50,7 +50,19 @@ def check_engine(kvc: Any, format: str) -> None:
             "oscar-kv: the pool would be sized after graph capture: set "
             "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=0"
         )
+    if kvc.device == "cuda":
+        _check_graphs()
     check_model(kvc, format)
+
+
+def _check_graphs() -> None:
+    from sglang.srt.runtime_context import get_exec
+
+    if get_exec().graph.cuda_graph_config.prefill.backend != "disabled":
+        raise NotImplementedError(
+            "oscar-kv: CUDA graphs of prefill batches are not supported: "
+            "--disable-prefill-cuda-graph"
+        )
 
 
 def check_model(kvc: Any, format: str) -> None:
