@@ -128,9 +128,11 @@ class FakeRunner:
             index = torch.tensor(request.pages)[:, None] * self.page + torch.arange(self.page)
             self.req_to_token_pool.req_to_token[request.row, :end] = index.flatten()[:end].int()
         extend = mode is not ForwardMode.DECODE
+        rows = torch.tensor([r.row for r in requests])
         return SimpleNamespace(
             forward_mode=mode,
-            req_pool_indices=torch.tensor([r.row for r in requests]),
+            req_pool_indices=rows,
+            req_pool_indices_cpu=rows.clone() if mode is ForwardMode.EXTEND else None,
             seq_lens=torch.tensor([r.done + n for r, n in zip(requests, counts, strict=True)]),
             extend_seq_lens=torch.tensor(counts, dtype=torch.int32) if extend else None,
             extend_prefix_lens=torch.tensor([r.done for r in requests]) if extend else None,

@@ -183,6 +183,7 @@ def test_arguments_refused(chosen, paged, argument, value):
     ("changes", "reason"),
     [
         ({"device": "cuda"}, "--disable-prefill-cuda-graph"),
+        ({"device": "npu"}, "device is npu, must be cpu or cuda"),
         ({"use_mla_backend": True}, "MLA"),
         ({"is_hybrid_swa": True}, "sliding window"),
         ({"mambaish_config": object()}, "state-space"),

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -25,6 +26,8 @@ from .refuse import check_layer
 from .slots import Slots, Step
 
 BALANCE = "OSCAR_KV_BALANCE"  # environment variable: a file of `oscar calibrate`, or auto
+
+_logger = logging.getLogger("sglang.oscar_kv")
 
 
 class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
@@ -85,12 +88,22 @@ class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
                     (forward_batch.extend_prefix_lens_cpu, forward_batch.extend_prefix_lens),
                 )
             )
-            self._step = self.slots.advance_extend(*rows, list(counts), list(context))
+            mirror = forward_batch.req_pool_indices_cpu
+            self._step = self.slots.advance_extend(*rows, list(counts), list(context), mirror)
         else:
             raise NotImplementedError(f"oscar-kv: forward mode {mode} is not supported")
         self._restore_sinks(self._step)
-        if self._fault is not None:
+        self._report_fault()
+
+    def _report_fault(self) -> None:
+        """An engine serves on: on a CUDA device such a value was replaced (docs/format.md)."""
+        if self._fault is None:
+            return
+        try:
             self._fault.check()
+        except ValueError as error:
+            self._fault.clear()
+            _logger.error("oscar-kv: %s", error)
 
     def _restore_sinks(self, step: Step) -> None:
         if not step.hits:

@@ -50,6 +50,8 @@ def check_engine(kvc: Any, format: str) -> None:
             "oscar-kv: the pool would be sized after graph capture: set "
             "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=0"
         )
+    if kvc.device not in ("cpu", "cuda"):
+        raise NotImplementedError(f"oscar-kv: device is {kvc.device}, must be cpu or cuda")
     if kvc.device == "cuda":
         _check_graphs()
     check_model(kvc, format)

@@ -72,11 +72,16 @@ class Slots:
         return self._advance(slot.long(), end - 1, end, query_start, 1, [])
 
     def advance_extend(
-        self, slot: Tensor, end: Tensor, counts: list[int], context: list[int]
+        self,
+        slot: Tensor,
+        end: Tensor,
+        counts: list[int],
+        context: list[int],
+        slot_on_host: Tensor | None = None,
     ) -> Step:
         """counts tokens for each row, which has `context` before them, as the host knows."""
         rows = slot.long()
-        here = rows.cpu()
+        here = rows.cpu() if slot_on_host is None else slot_on_host.long()
         new = self._generation[here] != self._known[here]
         self._known[here] = self._generation[here]
         hits = [i for i, starts in enumerate(new.tolist()) if starts and context[i] > 0]
