@@ -12,6 +12,7 @@ sys.path[:0] = [str(_HERE), str(_HERE.parent / "engines")]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more of them wait for each other
 if importlib.util.find_spec("sglang") is None:
     import sglang_stubs
 

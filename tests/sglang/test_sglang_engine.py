@@ -89,14 +89,14 @@ def test_prefix_hits(tokens, exact, alone, twice):
     assert found < 2 * usual
 
 
-def test_retraction_in_a_pool_that_is_too_small(tokens, exact):
-    # 17 pages: five requests of 2 pages each are let in, and would be of 5 pages in the end.
-    few = {"max_total_tokens": 2176, "schedule_conservativeness": 0.01}
-    call = [{"tokens": x, "max_tokens": 300} for x in prompts([250] * 5, start=30_000)]
-    run = sglang_run.run([call, *([r] for r in requests(tokens))], **few)
-    assert [len(request["tokens"]) for request in run.requests] == [300] * 5 + [4] * 4
-    assert "retracted" in run.log.lower()
-    after = [request["hidden"] for request in run.requests[5:]]
+def test_retraction(tokens, exact):
+    """SGLang's own switch takes requests out of the batch now and then: they start again."""
+    often = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
+    call = [{"tokens": x, "max_tokens": 24} for x in prompts([250] * 4, start=30_000)]
+    run = sglang_run.run([call, *([r] for r in requests(tokens))], environment=often)
+    assert [len(request["tokens"]) for request in run.requests] == [24] * 4 + [4] * 4
+    assert "#retracted_reqs: 1" in run.log
+    after = [request["hidden"] for request in run.requests[4:]]
     assert 0 < divergence(exact, after) < 0.15
 
 
