@@ -171,7 +171,6 @@ def serve(options, cache):
         preempted = sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(name))
         return {
             **capacity(log.read_text()),
-            "throughput_cpu": "bench throughput: CPU seconds, start included",
             "serve_output": found["output_throughput"],
             "serve_first": found["mean_ttft_ms"] / 1000,
             "serve_next": found["mean_tpot_ms"] / 1000,
