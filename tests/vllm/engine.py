@@ -22,9 +22,12 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import engine_model
 import torch
+from engine_model import MODEL
 
-MODEL = Path(os.environ.get("OSCAR_VLLM_MODEL", "build/vllm-model")).resolve()
+# The overlay of vLLM (install.sh), and engine_model.
+_PATH = (os.environ.get("PYTHONPATH"), str(Path(engine_model.__file__).parent))
 
 
 def run(calls, timeout=900, **engine):
@@ -38,7 +41,11 @@ def run(calls, timeout=900, **engine):
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 timeout=timeout,
-                env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+                env={
+                    **os.environ,
+                    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                    "PYTHONPATH": os.pathsep.join(x for x in _PATH if x),
+                },
             )
         text = log.read_text()
         if done.returncode:
@@ -51,14 +58,7 @@ def kl(reference, other):
 
     Only positions that both computed.
     """
-    both = ~(reference["hidden"][:, 0].isnan() | other["hidden"][:, 0].isnan())
-    head = _head()
-    parts = []
-    positions = both.nonzero().flatten().split(256)
-    for rows in positions:
-        p, q = (torch.log_softmax(x["hidden"][rows] @ head.T, -1) for x in (reference, other))
-        parts.append((p.exp() * (p - q)).sum(-1))
-    return torch.cat(parts)
+    return engine_model.kl(reference["hidden"], other["hidden"])
 
 
 def logprobs(tokens, request):
@@ -66,16 +66,8 @@ def logprobs(tokens, request):
     if "logprobs" in request:
         return request["logprobs"]
     states = request["hidden"][: len(tokens) - 1]
-    parts = [torch.log_softmax(rows @ _head().T, -1) for rows in states.split(256)]
+    parts = [torch.log_softmax(rows @ engine_model.head().T, -1) for rows in states.split(256)]
     return torch.cat(parts).gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1)
-
-
-def _head():
-    from safetensors import safe_open
-
-    with safe_open(MODEL / "model.safetensors", framework="pt") as file:
-        name = "lm_head.weight" if "lm_head.weight" in file.keys() else "model.embed_tokens.weight"  # noqa: SIM118
-        return file.get_tensor(name).float()
 
 
 class Recorder:

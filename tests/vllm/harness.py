@@ -4,8 +4,7 @@
 
 `FakeEngine` hands out blocks of one pool as vLLM does (pages, and `exact_blocks` ring groups of one
 block a request), frees them, finds prefixes of full blocks again, and calls the real metadata
-builders and the real layer with random ragged batches. K, V and Q of a token depend on the tokens
-before it alone, as in a model. The oracle is a `PagedCache` a request, fed alone.
+builders and the real layer with random ragged batches. What they must compute: engine_oracle.py.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from types import SimpleNamespace
 
 import oscar_kv.vllm.attention as attention
 import torch
-from oscar_kv import PagedCache, _core, ops
+from engine_oracle import Oracle
 from oscar_kv.vllm.ring import ExactRing
-from oscar_kv.vllm.spec import REPLAY, SINKS, WINDOW
+from oscar_kv.vllm.spec import REPLAY
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
 
@@ -91,7 +90,7 @@ class Request:
     hit: int = 0
     blocks: list[int] = field(default_factory=list)
     rings: list[int] = field(default_factory=list)
-    oracle: PagedCache | None = None
+    oracle: Oracle | None = None
 
 
 class FakeEngine:
@@ -158,7 +157,8 @@ class FakeEngine:
         request.done = max(request.hit - REPLAY, 0)
         self.hits += request.hit > 0
         request.rings = [self._take() for _ in self.rings]
-        request.oracle = self._oracle(request)
+        hit_and_done = (request.hit, request.done)
+        request.oracle = Oracle(self.shape, self.geometry.format, request.tokens, *hit_and_done)
         self.running.append(request)
         return request
 
@@ -198,7 +198,7 @@ class FakeEngine:
         for request, count in zip(requests, counts, strict=True):
             while len(request.blocks) * self.block_tokens < request.done + count:
                 request.blocks.append(self._take())
-        rows = [self._rows(r, r.done, r.done + n) for r, n in zip(requests, counts, strict=True)]
+        rows = [r.oracle.rows(r.done, r.done + n) for r, n in zip(requests, counts, strict=True)]
         q, k, v = (torch.cat([x[i] for x in rows]) for i in range(3))
         metadata = self._metadata(requests, counts)
         if graph is None:
@@ -210,7 +210,7 @@ class FakeEngine:
             for given, x in zip(inputs, (q, k, v), strict=True):
                 given.copy_(x)
             captured.replay()
-        expected = [self._expected(r, *x) for r, x in zip(requests, rows, strict=True)]
+        expected = [r.oracle.step(*x) for r, x in zip(requests, rows, strict=True)]
         for request, count in zip(requests, counts, strict=True):
             request.done += count
             for i in range(request.done // self.block_tokens):
@@ -253,60 +253,3 @@ class FakeEngine:
         if key not in self.kept:
             self.kept[key] = torch.empty_like(values, device=self.device)
         return self.kept[key].copy_(values)
-
-    # -- contents and oracle -------------------------------------------------------------------
-
-    def _rows(self, request, first, end, again=True):
-        heads, kv_heads, head_dim = self.shape
-        q, k, v = [], [], []
-        for position in range(first, end):
-            seed = hash(request.tokens[: position + 1]) & 0x7FFFFFFF
-            generator = torch.Generator().manual_seed(seed)
-            row = torch.randn((heads + 2 * kv_heads, head_dim), generator=generator)
-            if again and position < request.hit:
-                # Computed again over packed tokens: not quite what it was.
-                row += 0.1 * torch.randn(row.shape, generator=generator)
-            q.append(row[:heads])
-            k.append(row[heads : heads + kv_heads])
-            v.append(row[heads + kv_heads :])
-        return [torch.stack(x).bfloat16() for x in (q, k, v)]
-
-    def _oracle(self, request):
-        _, kv_heads, head_dim = self.shape
-        cache = PagedCache(1, kv_heads, head_dim, torch.bfloat16, format=self.geometry.format)
-        if request.hit:
-            _, k, v = self._rows(request, 0, request.hit, again=False)
-            cache.append(k, v)
-            self._sinks_as_packed(cache)
-            cache.exact[:, :, :, :-SINKS] = torch.nan
-            cache.lengths, cache.exact_start = [request.done], [request.done]
-            cache.seq_len.fill_(request.done)
-            cache.exact_from.fill_(request.done)
-        return cache
-
-    def _sinks_as_packed(self, cache):
-        """Sinks as the codes say, by the library's own decoder."""
-        _, kv_heads, head_dim = self.shape
-        one_tile = torch.tensor([32], dtype=torch.int32)
-        ring = cache.exact[:, :, :, :-SINKS].contiguous()
-        pages = (cache.pool.storage, ring, cache.block_table, cache.slot)
-        dense = [torch.zeros(1, kv_heads, 32, head_dim) for _ in range(2)]
-        arrays = _core.CacheArrays(*pages, one_tile, one_tile, None)
-        _core.dequantize(arrays, *dense, cache.format, WINDOW, 0)
-        for side in range(2):
-            cache.exact[0, side, :, -SINKS:] = dense[side][0, :, :SINKS].bfloat16()
-
-    def _expected(self, request, q, k, v):
-        """A step of the oracle; pages of the prefix stay what they were."""
-        cache = request.oracle
-        shared = cache.block_table[0, : request.hit // cache.page_tokens].long()
-        cache._make_room([k.shape[0]])
-        before = cache.pool.storage[shared].clone()
-        cache._append(k, v, None, "pack")
-        cache.pool.storage[shared] = before
-        start = torch.tensor([0, k.shape[0]], dtype=torch.int32)
-        layout = (cache.format, WINDOW, SINKS)
-        options = (self.shape[2] ** -0.5, 0.0, 0, None, True)
-        out, _ = ops.attend_over(cache._arrays(), q, k, v, start, *layout, *options)
-        cache._add_lengths(cache._append(k, v, None, "remember"))
-        return out

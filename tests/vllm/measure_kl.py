@@ -11,14 +11,18 @@ float32 weights; the mean is over the positions from 64 on, where something is p
 from __future__ import annotations
 
 import argparse
-import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
 
 import engine
-import torch
-from texts import prompts
+import engine_model
+from engine_model import CHUNK, prompts
 
 LENGTHS = [1024] * 6 + [1536] * 5 + [2048] * 4 + [3072] * 3 + [4096, 6000]
-CHUNK = 512
 FIRST = 64
 
 
@@ -31,29 +35,9 @@ def in_vllm(tokens, kv_cache_dtype, balance=None):
     return engine.run(calls, max_num_batched_tokens=CHUNK, **options).requests
 
 
-def in_transformers(tokens, format, balance=None):
-    """Hidden states of each prompt; format None: the exact cache."""
-    import oscar_kv
-    from transformers import AutoModelForCausalLM, DynamicCache
-
-    model = AutoModelForCausalLM.from_pretrained(engine.MODEL, dtype=torch.float32).eval()
-    oscar_kv.enable(model)
-    results = []
-    for prompt in tokens:
-        cache = (
-            DynamicCache(config=model.config)
-            if format is None
-            else oscar_kv.OscarCache(model.config, format=format, balance=balance, strict=True)
-        )
-        ids, parts = torch.tensor([prompt]), []
-        # The first call of a cache is exact: as many tokens as are exact anyway.
-        cuts = [0, 32, *range(CHUNK, len(prompt), CHUNK), len(prompt)]
-        with torch.no_grad():
-            for first, end in itertools.pairwise(cuts):
-                step = model.model(ids[:, first:end], past_key_values=cache, use_cache=True)
-                parts.append(step.last_hidden_state[0])
-        results.append({"hidden": torch.cat(parts)})
-    return results
+def in_transformers(tokens, *settings):
+    """Hidden states of each prompt."""
+    return [{"hidden": x} for x in engine_model.in_transformers(tokens, *settings)]
 
 
 def mean_kl(reference, other):

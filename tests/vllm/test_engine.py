@@ -12,8 +12,8 @@ requests whose embeddings are off by 1e-6.
 import engine
 import pytest
 import torch
+from engine_model import prompts
 from oscar_kv.vllm.spec import REPLAY
-from texts import prompts
 
 LENGTHS = [300, 520, 700, 900, 450, 640, 800, 1024]
 PACKED = {"kv_cache_dtype": "oscar_k2v2"}
@@ -143,6 +143,17 @@ def test_formats_in_order(tokens, exact, alone):
         run = engine.run(calls, kv_cache_dtype=name, **COLD)
         costs.append(divergence(few, exact_of(exact, 3), run))
     assert costs[0] > 1.2 * costs[1] > 1.2 * 1.2 * costs[2] > 0
+
+
+def test_a_balance_that_the_engine_measures_itself(tokens, exact, alone, monkeypatch, tmp_path):
+    monkeypatch.setenv("OSCAR_KV_CACHE", str(tmp_path))
+    calls = [[request] for request in requests(tokens)]
+    options = {"additional_config": {"oscar_kv": {"balance": "auto"}}}
+    found = divergence(tokens, exact, engine.run(calls, **options, **PACKED, **COLD))
+    without = divergence(tokens, exact, alone)
+    print(f"KL with a measured balance {found:.4f}, without {without:.4f}")
+    assert found < 0.9 * without
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
 def exact_of(run, count):

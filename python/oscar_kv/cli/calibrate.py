@@ -11,15 +11,23 @@ import torch
 import typer
 
 from ..balance import calibrate as measure
+from ..eval.tasks.haystack import local_text
 from .common import InputError, ModelOption, ThreadsOption, prefill_bar, read_text, set_threads
 from .models import load_model
 
 
 def calibrate(
-    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to measure on.")],
     output: Annotated[
         Path, typer.Option("--output", metavar="FILE", help="Where to write, *.safetensors.")
     ],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="UTF-8 text to measure on; without it Python's documentation.",
+        ),
+    ] = None,
     model: ModelOption = None,
     tokens: Annotated[int, typer.Option(min=32, help="Tokens of the text to use at most.")] = 4096,
     threads: ThreadsOption = None,
@@ -33,10 +41,13 @@ def calibrate(
     Example: oscar calibrate --model ./checkpoint --text book.txt --output balance.safetensors
     """
     set_threads(threads)
-    content = read_text(text, "--text")
+    content = local_text() if text is None else read_text(text, "--text")
     if not output.parent.is_dir():
         raise InputError(f"--output: folder {output.parent} does not exist")
     loaded = load_model(model)
+    if text is None:
+        tokens = min(tokens, loaded.most_tokens() or tokens)
+        content = content[: 16 * tokens]
     ids = loaded.encode(content)[:, :tokens]
     loaded.check_length(ids.shape[1])
     with prefill_bar(f"measuring on {ids.shape[1]} tokens", loaded.model), torch.inference_mode():

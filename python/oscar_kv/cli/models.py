@@ -35,10 +35,15 @@ class LoadedModel:
         ids = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids
         return ids
 
+    def most_tokens(self) -> int | None:
+        """The longest sequence that the model was made for, where it says so."""
+        text_config = self.model.config.get_text_config(decoder=True)
+        limit: int | None = getattr(text_config, "max_position_embeddings", None)
+        return limit
+
     def check_length(self, tokens: int) -> None:
         """Raises InputError if a sequence of `tokens` is longer than the model was made for."""
-        text_config = self.model.config.get_text_config(decoder=True)
-        limit = getattr(text_config, "max_position_embeddings", None)
+        limit = self.most_tokens()
         if limit is not None and tokens > limit:
             raise InputError(f"{tokens} tokens are needed, {self.name} takes at most {limit}")
 

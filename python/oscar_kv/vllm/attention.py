@@ -1,12 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The oscar-kv authors
 # SPDX-License-Identifier: Apache-2.0
-"""The attention layer on packed pages, on the CPU and on CUDA devices.
-
-One step of a layer: pack the tiles that the step completes, attend, write the newest rows into the
-ring. In this order, since a ring slot may still hold a row that an earlier query of the chunk
-reads. Every query reads by position alone (`strict`), so neither the chunks of a prompt nor the
-batch change what it sees.
-"""
+"""The attention layer on packed pages, on the CPU and on CUDA devices."""
 
 from __future__ import annotations
 
@@ -17,9 +11,10 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from .. import _core, ops
+from .. import _core
+from ..step import LayerSettings, run_step
 from .ledger import Ledger
-from .measured import Measured
+from .measured import measured_of_layer
 from .metadata import OscarMetadata
 from .refuse import check_cache, check_engine, check_layer
 from .ring import insert_rings, planned_block_tokens
@@ -52,7 +47,8 @@ class OscarImpl(AttentionImpl):  # type: ignore[misc]
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.format, self.kv_cache_dtype = format, kv_cache_dtype
-        self.softcap = float(logits_soft_cap or 0.0)
+        softcap = float(logits_soft_cap or 0.0)
+        self.settings = LayerSettings(format, WINDOW, SINKS, self.scale, softcap)
         self.sliding_window = None
         self.attn_type = attn_type
         check_engine(self.vllm_config)
@@ -86,7 +82,7 @@ class OscarImpl(AttentionImpl):  # type: ignore[misc]
         """Adds the ring layers; called again when weights are reloaded."""
         main, self.ledger = insert_rings(self.vllm_config, self, self.geometry)
         main.attn_backend = self.backend()
-        self.measured = Measured.of_layer(self.vllm_config, main.layer_name, self.geometry)
+        self.measured = measured_of_layer(self.vllm_config, main.layer_name, self.geometry)
 
     def do_kv_cache_update(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `forward` has the order of packing, attending and writing rows."""
@@ -111,13 +107,15 @@ class OscarImpl(AttentionImpl):  # type: ignore[misc]
         tokens = attn_metadata.tokens
         shape = (tokens, self.num_heads, self.head_size)
         # In the ring's dtype from the start: a token reads alike in its own chunk and in the next.
-        self._run(
-            self._arrays(kv_cache, attn_metadata),
-            query[:tokens],
-            key[:tokens].to(self.exact_dtype),
-            value[:tokens].to(self.exact_dtype),
+        k, v = (x[:tokens].to(self.exact_dtype) for x in (key, value))
+        run_step(
+            self.settings,
+            *self._arrays(kv_cache, attn_metadata),
+            (query[:tokens], k, v),
+            attn_metadata.query_start,
             output[:tokens].view(shape),
-            attn_metadata,
+            max_query_len=attn_metadata.max_query_len,
+            fault=self.ledger.fault,
         )
         return output
 
@@ -149,23 +147,3 @@ class OscarImpl(AttentionImpl):  # type: ignore[misc]
             pages = self.geometry.pages(kv_cache)
             self._views = (address, pages, self.geometry.exact(kv_cache, self.exact_dtype))
         return self._views[1], self._views[2]
-
-    def _run(
-        self,
-        both: _StepArrays,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        metadata: OscarMetadata,
-    ) -> None:
-        start = metadata.query_start
-        layout = (self.format, WINDOW, SINKS)
-        writable, arrays = both
-        fault = self.ledger.fault
-        ops.append_to(writable, k, v, start, *layout, "pack", fault=fault)
-        options = (self.scale, self.softcap, 0, None, True)
-        bound = metadata.max_query_len
-        rows = (arrays, q, k, v, start)
-        ops.attend_into(out, None, *rows, *layout, *options, max_query_len=bound)
-        ops.append_to(arrays, k, v, start, *layout, "remember", fault=fault)

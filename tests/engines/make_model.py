@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the demo model, a GGUF file, as a checkpoint folder: vLLM reads those.
 
-python tests/vllm/make_model.py FOLDER
+python tests/engines/make_model.py FOLDER
 """
 
 import sys

@@ -1,0 +1,54 @@
+# SPDX-FileCopyrightText: 2026 The oscar-kv authors
+# SPDX-License-Identifier: Apache-2.0
+"""One step of one attention layer in a serving engine.
+
+Pack the tiles that the step completes, attend, write the newest rows into the exact memory. In this
+order, since a ring slot may still hold a row that an earlier query of the chunk reads. Every query
+reads by position alone (`strict`), so neither the chunks of a prompt nor the batch change what it
+sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import _core, ops
+from .device import FaultWord
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What is the same in every step: the format, and the attention of the layer."""
+
+    format: str
+    window: int
+    sinks: int
+    scale: float
+    softcap: float = 0.0
+
+
+def run_step(
+    settings: LayerSettings,
+    writable: _core.CacheArrays,
+    arrays: _core.CacheArrays,
+    rows: tuple[Tensor, Tensor, Tensor],
+    query_start: Tensor,
+    out: Tensor,
+    *,
+    max_query_len: int,
+    fault: FaultWord | None = None,
+) -> None:
+    """Attention of rows (q, k, v) into out ``[tokens, heads, head_dim]``, and the cache after it.
+
+    writable: `arrays` with the pages that may be packed into; k, v in the dtype of the exact
+    memory: a token then reads alike in its own chunk and in the next.
+    """
+    q, k, v = rows
+    layout = (settings.format, settings.window, settings.sinks)
+    ops.append_to(writable, k, v, query_start, *layout, "pack", fault=fault)
+    options = (settings.scale, settings.softcap, 0, None, True)
+    given = (arrays, q, k, v, query_start)
+    ops.attend_into(out, None, *given, *layout, *options, max_query_len=max_query_len)
+    ops.append_to(arrays, k, v, query_start, *layout, "remember", fault=fault)
