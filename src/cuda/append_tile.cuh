@@ -225,6 +225,7 @@ __device__ inline void key_grids(int norm, TileLane place, KeyExchange<kHeadDim>
     out[layout.k_norms_offset() + position] =
         norm_byte(norm, top_norm, unit_bits(top_scale, top_mid, top_norm), position);
   }
+  for (int i = layout.used_bytes() + thread; i < layout.tile_bytes(); i += kTileThreads) out[i] = 0;
   const Unit scale_unit = unit_of(top_scale, kMaxScaleIndex);
   const Unit mid_unit = unit_of(top_mid, kMaxMidIndex);
 #pragma unroll

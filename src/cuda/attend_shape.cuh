@@ -62,7 +62,8 @@ struct DecodeShape {
 
   static constexpr int kKeyBytes = 4 * kDim * kKBits;
   static constexpr int kValueBytes = 4 * kDim * kVBits;
-  static constexpr int kTailBytes = (kDim + 96 + 31) / 32 * 32;
+  static constexpr int kTailBytes =
+      TileLayout{kDim, {kKBits, kVBits}}.tile_bytes() - kKeyBytes - kValueBytes;
 
   // Shared memory of a warp: what each tile of a group has been unpacked to, where tiles are, the
   // raw tails (all that follows the codes), and the codes of a group.

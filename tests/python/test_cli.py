@@ -114,7 +114,7 @@ def test_version() -> None:
 def test_info() -> None:
     result = oscar("info")
     assert result.exit_code == 0
-    for word in (oscar_kv.__version__, oscar_kv.active_backend(), "k2v2", "37 (6.92)", "139"):
+    for word in (oscar_kv.__version__, oscar_kv.active_backend(), "k2v2", "37 (6.92)", "140"):
         assert word in result.stdout
     facts = last_json(oscar("info", "--json"))
     assert facts["backends"] == oscar_kv.available_backends()

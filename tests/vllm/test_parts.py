@@ -30,7 +30,7 @@ def test_exact_copies_fit_into_their_blocks(format, head_dim, block_tokens):
 
 
 def test_blocks_of_the_default_format():
-    assert [spec.token_bytes(dim, "k2v2") for dim in (64, 128, 256)] == [37, 71, 139]
+    assert [spec.token_bytes(dim, "k2v2") for dim in (64, 128, 256)] == [37, 72, 140]
     blocks = [spec.Geometry("k2v2", 8, 128, n).exact_blocks for n in spec.BLOCK_TOKENS]
     assert blocks == [4, 2, 1]
 

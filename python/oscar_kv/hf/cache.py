@@ -73,7 +73,7 @@ def resolve_balance(
 
 
 class OscarCache(DynamicCache):  # type: ignore[misc]
-    """`past_key_values` for any decoder of transformers: about 2.2 bits an element.
+    """`past_key_values` for any decoder of transformers: about 2.25 bits an element.
 
     config: the model's configuration. format: "k2v2", "k4v2" or "k4v4". window: newest tokens kept
     exact, and the largest `crop`. sinks: first tokens kept exact, 0 to 32. balance: "auto" measures

@@ -157,7 +157,8 @@ def test_the_op_says_it_at_its_next_call():
     feed([cache], [1])
     k = rows(1).cuda()
     start = torch.tensor([0, 1], dtype=torch.int32).cuda()
-    arguments = [*cache._tensors(), k * float("inf"), k, start, "k2v2", 32, 4, "both"]
+    *memory, feedback = cache._tensors()
+    arguments = [*memory, k * float("inf"), k, start, "k2v2", 32, 4, "both", feedback]
     ops.append(*arguments)
     torch.cuda.synchronize()
     arguments[7] = k
