@@ -101,7 +101,9 @@ __device__ inline void attend_segment(const CudaAttendCall& call, const DecodePl
   const DecodeSequence& s = state.item.sequence;
   if (state.next == state.last) return;
   const Lane lane = fresh_lane();
-  if (lane.index == 0) state.slots |= state.begin < s.exact_units ? 1 : 2;
+  const int kind = state.begin < s.exact_units ? 1 : 2;
+  __syncwarp();
+  if (lane.index == 0) state.slots |= kind;
   __syncwarp();
   if (state.begin + state.units < s.item_units()) return;
   const ItemEnd whole = end_of(state);

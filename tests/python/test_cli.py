@@ -119,7 +119,7 @@ def test_info() -> None:
     facts = last_json(oscar("info", "--json"))
     assert facts["backends"] == oscar_kv.available_backends()
     assert facts["active_backend"] == oscar_kv.active_backend()
-    assert facts["formats"]["k4v2"]["128"] == {"bytes_per_token": 103, "ratio_to_16bit": 4.9709}
+    assert facts["formats"]["k4v2"]["128"] == {"bytes_per_token": 104, "ratio_to_16bit": 4.9231}
 
 
 def test_a_forced_backend_is_the_one_shown() -> None:

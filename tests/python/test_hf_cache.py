@@ -56,10 +56,10 @@ def test_one_layer_is_dense_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
     update = OscarLayer.update
 
-    def watched(layer: OscarLayer, k: torch.Tensor, v: torch.Tensor) -> Any:
+    def watched(layer: OscarLayer, k: torch.Tensor, v: torch.Tensor, **rest: Any) -> Any:
         alive.append(sum(old() is not None for old in seen))
         seen.extend([weakref.ref(k), weakref.ref(v)])
-        return update(layer, k, v)
+        return update(layer, k, v, **rest)
 
     monkeypatch.setattr(OscarLayer, "update", watched)
     filled(model)

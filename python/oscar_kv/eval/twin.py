@@ -26,7 +26,7 @@ _V_SHARES = {2: 0.82, 3: 0.92}
 _V_PARAM_BITS = 16  # 8-bit scale, 8-bit mid
 _UNIT_BITS = 32  # two bf16 units a group
 _FP16_PARAMS = 16  # k_params of 16: the scale and the mid themselves, as fp16
-_TILE_ALIGN = 32 * 8  # a tile is rounded up to 32 bytes
+_TILE_ALIGNS = ((256, 128), (128, 64), (0, 32))  # from a head_dim on, bytes
 
 
 @dataclass
@@ -94,7 +94,8 @@ class Twin(Codec):
         k = self.k_bits + 2 * self.k_params / self.group + units + norms * norm_bits / head_dim
         v = self.v_bits + _V_PARAM_BITS / (self.v_group or head_dim)
         elements = self.tile * head_dim
-        padded = math.ceil((k + v) * elements / _TILE_ALIGN) * _TILE_ALIGN / elements
+        align = 8 * next(size for least, size in _TILE_ALIGNS if head_dim >= least)
+        padded = math.ceil((k + v) * elements / align) * align / elements
         return padded - v, v
 
     def encode(self, layer: LayerInput) -> LayerCodes:

@@ -20,6 +20,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
+from transformers.generation import utils as generation
 
 from ..balance import text_config
 from .attention import NAME, register
@@ -29,6 +30,9 @@ from .survey import survey
 _STATE = "_oscar_kv"
 _PREPARE = "_prepare_cache_for_generation"
 _BATCHING = "init_continuous_batching"
+# The argument of generate: transformers 5.24 renamed it and still takes the old name.
+_OLD_CACHE = "past_key_values"
+_CACHE = "cache" if "cache" in getattr(generation, "ALL_CACHE_NAMES", ()) else _OLD_CACHE
 _log = logging.getLogger(__name__)
 
 
@@ -223,14 +227,16 @@ def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     asked.append(self.generation_config.use_cache)
     if next((value for value in asked if value is not None), True) is False:
         return inner(*args, **kwargs)
-    cache = kwargs.get("past_key_values")
+    given = _CACHE if kwargs.get(_CACHE) is not None else _OLD_CACHE
+    cache = kwargs.get(given)
     if self.config.is_encoder_decoder:
         # One call may run several (Whisper, a long recording), each with a cache of its own: they
         # are made where transformers makes them, see _prepare_cache.
         if isinstance(cache, OscarCache):
-            kwargs["past_key_values"] = _with_cross_attention(cache)
+            kwargs[given] = _with_cross_attention(cache)
     elif cache is None:
-        cache = kwargs["past_key_values"] = state.new_cache(self)
+        # An instance's own generate may know the old name only.
+        cache = kwargs[_OLD_CACHE if state.generate else _CACHE] = state.new_cache(self)
     with _no_cache_implementation(self.generation_config, config):
         result = inner(*args, **kwargs)
     made, state.made = state.made, []
@@ -254,9 +260,9 @@ def _prepare_cache(
 ) -> Any:
     """transformers' step of ``generate`` that makes a cache where the caller passed none."""
     state: _Enabled = getattr(self, _STATE)
-    if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+    if model_kwargs.get(_CACHE) is None and generation_config.use_cache is not False:
         state.made.append(state.new_cache(self))
-        model_kwargs["past_key_values"] = _with_cross_attention(state.made[-1])
+        model_kwargs[_CACHE] = _with_cross_attention(state.made[-1])
     return getattr(type(self), _PREPARE)(self, generation_config, model_kwargs, *args)
 
 
