@@ -7,9 +7,9 @@
 //
 // Budget of k2v2, head_dim 128, up to 4 query columns, in SASS instructions a warp and group of
 // four tiles (nvdisasm): 1170, or 293 a tile: scores 4 x 125 (64 LOP3, 16 HMMA and 16 HMUL2 each),
-// unpacking 240, V 240 (24 LOP3 and 8 IMMA a tile), weights 110, fetching 50. 128 registers, 16
-// warps on a multiprocessor. Reading a tile takes an H200 about 125 cycles of a multiprocessor, 500
-// issue slots.
+// unpacking 240, V 240 (24 LOP3 and 8 IMMA a tile), weights 110, fetching 50. 168 registers, 8 or
+// 12 warps on a multiprocessor. Reading a tile takes an H200 about 125 cycles of a multiprocessor,
+// 500 issue slots, an H100 about 180.
 #pragma once
 
 #include <cstdint>

@@ -126,7 +126,7 @@ __device__ inline RowSums<S> merge_column(const CudaAttendCall& call, const Deco
   };
   // In the place of a warp that has no part the first that has one, with weight 0: it is finite.
   const int first = __ffs(static_cast<int>(members)) - 1;
-#pragma unroll
+#pragma unroll 1  // short code: it comes from memory, once
   for (int begin = 0; begin < kWarps && first >= 0; begin += kTogether) {
     float x[kTogether][kChannels];
 #pragma unroll
@@ -169,7 +169,7 @@ template <class S>
 __device__ inline void add_merged(const CudaAttendCall& call, const DecodePlan& plan, int first,
                                   int count, int column, int lane, RowSums<S>& row) {
   constexpr int kChannels = RowSums<S>::kChannels;
-  constexpr int kTogether = 64 / kChannels;  // loads under way
+  constexpr int kTogether = 32 / kChannels;  // loads under way
   const int dim = S::head_dim(call);
   const float* own = slot_of(call, plan, first + min(lane, count - 1)) + plan.slot_columns * dim;
   const float most = lane < count ? __ldcg(own + column) : kNothing;
