@@ -259,7 +259,7 @@ template <int kHeadDim, int kBits, bool kFed>
 __device__ inline void key_tile(Rotated<kHeadDim>& y, TileLane place, const TileLayout& layout,
                                 const FeedbackWeights<kHeadDim>* weights,
                                 KeyExchange<kHeadDim>& exchange, std::uint8_t* out) {
-  static_assert(kHeadDim % 32 == 0);  // no zeros at the tile's end
+  static_assert(kHeadDim % 32 == 0);  // four lanes load a row, 8 numbers a piece
   const int norm = scale_keys<kHeadDim>(y, place);
   publish_extremes<kHeadDim>(y, place, exchange);
   place.sync();
