@@ -14,7 +14,6 @@ std::size_t decode_workspace_bytes(const Layout& layout, std::int32_t batch_size
                                    std::int64_t query_tokens, std::int32_t q_heads) {
   if (batch_size <= 0 || layout.kv_heads <= 0 || q_heads < layout.kv_heads) return 0;
   std::int64_t floats = 0;
-  std::int64_t tickets = 0;
   const std::int64_t group = q_heads / layout.kv_heads;
   for (const int columns : {4, 8, 16}) {
     if (columns == 4 && group > columns) continue;
@@ -23,9 +22,8 @@ std::size_t decode_workspace_bytes(const Layout& layout, std::int32_t batch_size
     const std::int64_t kinds = most_kinds(layout, batch_size, query_tokens, q_heads, columns);
     const std::int64_t slots = kinds + kinds / 2 + current_device().multiprocessors;
     floats = std::max(floats, slots * slot_floats(layout, slot_columns));
-    tickets = std::max(tickets, ticket_bytes(kinds, slot_columns));
   }
-  return static_cast<std::size_t>(tickets) + static_cast<std::size_t>(floats) * sizeof(float);
+  return static_cast<std::size_t>(floats) * sizeof(float);
 }
 
 void launch_attend_decode(const CudaAttendCall& call, cudaStream_t stream) {

@@ -28,10 +28,10 @@ struct WarpEnd {
 };
 
 // The items that a block's warps have units of: columns in turn to its warps, to the output where
-// the block has all units, else to memory, and from there to the output if it was the last.
+// the block has all units, else to memory for combine_items.
 template <class S>
 __device__ inline void end_block(const CudaAttendCall& call, const DecodePlan& plan,
-                                 const DecodeLine& line, const WarpEnd* ends) {
+                                 const WarpEnd* ends) {
   constexpr int kWarps = S::warps(kArch);
   const int lane = fresh_lane().index;
   const int warp = fresh_warp();
@@ -60,15 +60,11 @@ __device__ inline void end_block(const CudaAttendCall& call, const DecodePlan& p
     for (int column = warp >= first % warps ? warp - first % warps : warp - first % warps + warps;
          column < plan.slot_columns; column += warps) {
       RowSums<S> row = merge_column<S>(call, plan, shared, members, end, column, lane);
-      if (end.done != end.units) {
+      if (end.done == end.units) {
+        store_row(call, plan, end, column, lane, row);
+      } else {
         store_merged(call, plan, end.item, column, lane, row);
-        __syncwarp();
-        bool complete = false;
-        if (lane == 0) complete = add_units(call, plan, end, column);
-        if (!__any_sync(kFullWarp, complete)) continue;
-        row = combine_column<S>(call, plan, line, end, column, lane);
       }
-      store_row(call, plan, end, column, lane, row);
     }
   }
 }
@@ -190,26 +186,15 @@ __global__ void __launch_bounds__(32 * S::warps(kArch), 1)
                   const __grid_constant__ DecodePlan plan) {
   constexpr int kWarps = S::warps(kArch);
   __shared__ PlanTable table;
-  __shared__ DecodeLine line;
   __shared__ WarpEnd ends[kWarps];
   prefetch_tables(call);
-  LineScan scan = plan_line(call, plan, table);
-  const DecodeLine own = decode_line(plan, scan.units, scan.items, scan.level);
-  if (threadIdx.x == 0) line = own;
+  LineScan scan = plan_line(call, plan, table, plan.block_warps);
+  const DecodeLine line = decode_line(plan, scan.units, scan.items, scan.level);
+  let_kernel_behind_start();
   attend_part<S>(call, plan, table, scan,
-                 own.part(static_cast<int>(blockIdx.x), fresh_warp(), plan.block_warps), ends);
+                 line.part(static_cast<int>(blockIdx.x), fresh_warp(), plan.block_warps), ends);
   __syncthreads();
-  end_block<S>(call, plan, line, ends);
-}
-
-// Before attend_decode, which waits for it only where an item ends: no units are done.
-static __global__ void clear_tickets(uint4* tickets, int count) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n");
-#endif
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
-    tickets[i] = uint4{};
-  }
+  end_block<S>(call, plan, ends);
 }
 
 }  // namespace oscar::cuda

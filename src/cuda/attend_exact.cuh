@@ -10,20 +10,26 @@
 
 #include "cuda/attend_query.cuh"
 #include "cuda/attend_shape.cuh"
+#include "cuda/combine.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/page.cuh"
 #include "cuda/softmax.cuh"
 
 namespace oscar::cuda {
 
-// In the shared memory of a warp: where the tokens' rows are, and the weights.
-template <class S>
-struct ExactTile {
+// Where the rows of 32 exact tokens are.
+struct ExactTokens {
   const std::byte* keys[kTileTokens];
   const std::byte* values[kTileTokens];
   int tokens[kTileTokens];  // -1: none, and the rows of some other token
   DType key_types[kTileTokens];
   DType value_types[kTileTokens];
+};
+
+// In the shared memory of a warp: these tokens and the next, and the weights.
+template <class S>
+struct ExactTile {
+  ExactTokens tokens[2];
   int4 bounds[8 * S::kBlocks];  // of a column: first token, last token, end of the packed ones
   float weights[8 * S::kBlocks][kTileTokens + 4];
 };
@@ -65,20 +71,33 @@ struct ExactRows {
   DType key_type;
   DType value_type;
 };
-__device__ inline ExactRows exact_rows(const CudaAttendCall& call, const DecodeItem& item,
-                                       int token) {
+__device__ inline ExactRows exact_rows(const CudaAttendCall& call, const DecodePlan& plan,
+                                       const DecodeItem& item, int token) {
   const DecodeSequence& s = item.sequence;
-  const Layout& layout = call.layout;
   if (token >= s.cached) {
     const int row = s.first_row + token - s.cached;
     return {row_address(call.k_new, row, item.kv_head), row_address(call.v_new, row, item.kv_head),
             call.k_new.dtype, call.v_new.dtype};
   }
-  const int row = token < layout.sinks ? sink_row(layout, token) : ring_row(layout, token);
-  const auto address = [&](Side side) {
-    return exact_address(layout, call.cache, s.b, s.slot, side, item.kv_head, row);
-  };
-  return {address(Side::kKey), address(Side::kValue), layout.exact_dtype, layout.exact_dtype};
+  const DecodeExact& exact = plan.exact;
+  const bool sink = token < call.layout.sinks;
+  const int rows = sink ? exact.sink_part : exact.ring_part;
+  int row = sink ? token : exact.ring_row(token);
+  const int part = row >= rows ? 1 : 0;
+  row += (sink ? exact.ring_part : 0) - part * rows;
+  int key_slot = s.slot;
+  int value_slot = s.slot;
+  if (call.layout.exact_blocks > 1) {
+    const std::int32_t* slots = call.cache.slot + s.b * call.layout.exact_blocks + part;
+    key_slot = slots[0];
+    value_slot = slots[exact.value_block];
+  }
+  const auto* from =
+      static_cast<const std::byte*>(call.cache.exact) +
+      static_cast<std::uint32_t>((item.kv_head * exact.head_rows + row) * exact.row_bytes);
+  const DType type = call.layout.exact_dtype;
+  return {from + key_slot * exact.stride, from + value_slot * exact.stride + exact.value_offset,
+          type, type};
 }
 
 // Token `index` of the exact ones.
@@ -86,39 +105,31 @@ __device__ inline int exact_token(const DecodeSequence& s, int index) {
   return index < s.sinks ? index : s.exact_first + index - s.sinks;
 }
 
-__device__ inline void prefetch_row(const std::byte* row, int bytes) {
-  for (int at = 0; at < bytes; at += 128) prefetch_l2(row + at);
-}
-
-// The rows of exact token `index` on their way to L2: under load each wait for memory is one for
-// all the tiles that were asked for before.
-__device__ inline void prefetch_exact(const CudaAttendCall& call, const DecodeItem& item,
-                                      int index) {
-  if (index >= item.sequence.exact_tokens) return;
-  const ExactRows rows = exact_rows(call, item, exact_token(item.sequence, index));
-  prefetch_row(rows.key, call.layout.head_dim * bytes_of(rows.key_type));
-  prefetch_row(rows.value, call.layout.head_dim * bytes_of(rows.value_type));
-}
-
-// Lane t: the rows of exact token 32 unit + t.
-template <class S>
-__device__ inline void find_rows(const CudaAttendCall& call, const DecodeItem& item, int unit,
-                                 int t, ExactTile<S>& tile) {
+// Lane t: exact token 32 unit + t, whose rows are on their way to L2 afterwards: under load each
+// wait for memory is one for all the tiles that were asked for before.
+__device__ inline void find_rows(const CudaAttendCall& call, const DecodePlan& plan,
+                                 const DecodeItem& item, int unit, int t, ExactTokens& to) {
   const DecodeSequence& s = item.sequence;
   const int index = min(kTileTokens * unit + t, s.exact_tokens - 1);
   const int token = exact_token(s, index);
-  const ExactRows rows = exact_rows(call, item, token);
-  tile.tokens[t] = index == kTileTokens * unit + t ? token : -1;
-  tile.keys[t] = rows.key;
-  tile.values[t] = rows.value;
-  tile.key_types[t] = rows.key_type;
-  tile.value_types[t] = rows.value_type;
+  const ExactRows rows = exact_rows(call, plan, item, token);
+  to.tokens[t] = index == kTileTokens * unit + t ? token : -1;
+  to.keys[t] = rows.key;
+  to.values[t] = rows.value;
+  to.key_types[t] = rows.key_type;
+  to.value_types[t] = rows.value_type;
+  const int bytes = call.layout.head_dim * bytes_of(rows.key_type);
+#pragma unroll 1  // short code: it comes from memory, once
+  for (int at = 0; at < bytes; at += 128) {
+    prefetch_l2(rows.key + at);
+    prefetch_l2(rows.value + at);
+  }
 }
 
 // Scores in units of log2, -infinity where the column does not read the token exactly.
 template <class S>
 __device__ inline void finish_exact_scores(const CudaAttendCall& call, const Lane& lane,
-                                           const ExactTile<S>& tile,
+                                           const ExactTile<S>& tile, const ExactTokens& tokens,
                                            float (&scores)[S::kBlocks][2][4]) {
   const float scale = call.options.scale * kLog2E;
 #pragma unroll
@@ -134,7 +145,7 @@ __device__ inline void finish_exact_scores(const CudaAttendCall& call, const Lan
       const int4 bound = tile.bounds[8 * n + 2 * lane.c + j];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int token = tile.tokens[lane.g + 8 * i];
+        const int token = tokens.tokens[lane.g + 8 * i];
         const bool seen =
             token >= bound.x && token <= bound.y && (token < call.layout.sinks || token >= bound.z);
         if (!seen) scores[n][i / 2][i % 2 * 2 + j] = -INFINITY;
@@ -165,71 +176,38 @@ __device__ inline void weigh_exact(const float (&scores)[S::kBlocks][2][4],
   }
 }
 
-// The rotation of V (sign, Hadamard), of the sums of one column: half h is channel
-// 64 (h / 8) + 8 g + h % 8. So all parts of an item are sums of the same basis.
-template <class S>
-__device__ inline void rotate_halves(const CudaAttendCall& call, const Lane& lane,
-                                     float (&x)[S::kPad / 8]) {
-  constexpr int kHalves = S::kPad / 8;
-  const int block = hadamard_block(S::head_dim(call));
-  const float norm = rsqrtf(static_cast<float>(block));
-#pragma unroll
-  for (int set = 0; set < kHalves / 8; ++set) {  // of 64 channels: two words of signs
-    const std::uint32_t low = sign_word<S::kPad / 32>(2 * set);
-    const std::uint32_t high = sign_word<S::kPad / 32>(2 * set + 1);
-    const std::uint32_t bits = (lane.g < 4 ? low : high) >> 8 * (lane.g % 4);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[8 * set + i] = flip_sign(x[8 * set + i] * norm, bits, i);
-  }
-  const auto butterflies = [&](int step) {
-#pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-      if ((h & step) != 0) continue;
-      const float a = x[h];
-      const float b = x[h + step];
-      x[h] = a + b;
-      x[h + step] = a - b;
-    }
-  };
-#pragma unroll
-  for (int step = 1; step < 8; step *= 2) {
-    if (step < block) butterflies(step);
-  }
-#pragma unroll
-  for (int step = 4; step < 32; step *= 2) {
-    if (2 * step >= block) continue;
-    const float sign = (lane.index & step) != 0 ? -1.0f : 1.0f;
-#pragma unroll
-    for (float& value : x) value = fmaf(sign, value, __shfl_xor_sync(kFullWarp, value, step));
-  }
-#pragma unroll
-  for (int step = 8; step < kHalves; step *= 2) {
-    if (8 * step < block) butterflies(step);
-  }
-}
-
+// The sums of the segment's columns, rotated as packed ones are (sign, Hadamard), so that all parts
+// of an item are sums of the same basis. rows: shared memory, may be `partial`.
 template <class S>
 __device__ inline void store_exact(const CudaAttendCall& call, const DecodePlan& plan,
-                                   const Lane& lane, const ExactSums<S>& sums, float* partial) {
+                                   const Lane& lane, const ExactSums<S>& sums, float* rows,
+                                   float* partial) {
+  using Row = RowSums<S>;
   const int dim = S::head_dim(call);
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      float x[S::kPad / 8];
-#pragma unroll
-      for (int h = 0; h < S::kPad / 8; ++h) x[h] = sums.out[n][h / 2][h % 2 * 2 + j];
-      rotate_halves<S>(call, lane, x);
       const int column = 8 * n + 2 * lane.c + j;
       if (column >= plan.slot_columns) continue;
 #pragma unroll
       for (int h = 0; h < S::kPad / 8; h += 4) {
         const int channel = 64 * (h / 8) + 8 * lane.g + h % 8;
         if (!S::kWhole && channel >= dim) continue;
-        *reinterpret_cast<float4*>(partial + column * dim + channel) =
-            make_float4(x[h], x[h + 1], x[h + 2], x[h + 3]);
+        const auto x = [&](int i) { return sums.out[n][(h + i) / 2][(h + i) % 2 * 2 + j]; };
+        *reinterpret_cast<float4*>(rows + column * dim + channel) =
+            make_float4(x(0), x(1), x(2), x(3));
       }
     }
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int column = 0; column < plan.slot_columns; ++column) {
+    float x[Row::kChannels];
+    load_part<S, false>(rows + column * dim, dim, lane.index, x);
+    flip_row<S>(dim, lane.index, x);
+    hadamard_row<S>(dim, lane.index, x);
+    store_part<S>(partial + column * dim, dim, lane.index, x);
   }
 }
 

@@ -23,14 +23,13 @@ struct ExactAny {
     load_chunk(row + channel * bytes_of(type), type, x);
   }
 
-  __device__ static void fetch_values(const CudaAttendCall&, const Lane&, const ExactTile<S>&) {}
+  __device__ static void fetch_values(const CudaAttendCall&, const Lane&, const ExactTokens&,
+                                      const ExactTile<S>&) {}
 
-  template <typename Meanwhile>
   __device__ static void score(const CudaAttendCall& call, const Lane& lane,
-                               const ExactTile<S>& tile,
+                               const ExactTokens& tokens,
                                const std::byte* const (&queries)[S::kBlocks],
-                               float (&scores)[S::kBlocks][2][4], const Meanwhile& meanwhile) {
-    meanwhile();
+                               float (&scores)[S::kBlocks][2][4]) {
 #pragma unroll 1
     for (int first = 0; first < S::kPad; first += 32) {
       const int channel = first + 8 * lane.c;
@@ -38,7 +37,7 @@ struct ExactAny {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int t = lane.g + 8 * i;
-        load(call, tile.keys[t], tile.key_types[t], channel, keys[i]);
+        load(call, tokens.keys[t], tokens.key_types[t], channel, keys[i]);
       }
 #pragma unroll
       for (int n = 0; n < S::kBlocks; ++n) {
@@ -57,7 +56,8 @@ struct ExactAny {
     }
   }
 
-  __device__ static void add(const CudaAttendCall& call, const Lane& lane, ExactTile<S>& tile,
+  __device__ static void add(const CudaAttendCall& call, const Lane& lane,
+                             const ExactTokens& tokens, ExactTile<S>& tile,
                              const float (&exact)[S::kBlocks][2][4], ExactSums<S>& sums) {
 #pragma unroll
     for (int n = 0; n < S::kBlocks; ++n) {
@@ -75,7 +75,7 @@ struct ExactAny {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int t = first + lane.c + 4 * j;
-          load(call, tile.values[t], tile.value_types[t], 64 * set + 8 * lane.g, values[j]);
+          load(call, tokens.values[t], tokens.value_types[t], 64 * set + 8 * lane.g, values[j]);
         }
 #pragma unroll
         for (int n = 0; n < S::kBlocks; ++n) {

@@ -24,7 +24,7 @@ struct ExactHalf {
 
   __device__ static uint4 load(const CudaAttendCall& call, const std::byte* row, int channel) {
     if (!S::kWhole && channel >= S::head_dim(call)) return uint4{};
-    return *reinterpret_cast<const uint4*>(row + 2 * channel);
+    return __ldcg(reinterpret_cast<const uint4*>(row + 2 * channel));
   }
 
   // V rows stand in shared memory behind the tile, their 16-byte chunks permuted (xor with twice
@@ -36,26 +36,24 @@ struct ExactHalf {
     return kStaged + t * kRowBytes + 16 * (chunk ^ 2 * (t / 2 % 4));
   }
   __device__ static void fetch_values(const CudaAttendCall& call, const Lane& lane,
-                                      ExactTile<S>& tile) {
+                                      const ExactTokens& tokens, ExactTile<S>& tile) {
     const std::uint32_t shared = shared_address(&tile);
     const int chunks = S::head_dim(call) / 8;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = lane.index; i < kTileTokens * S::kPad / 8; i += 32) {
       const int t = i / (S::kPad / 8);
       const int chunk = i % (S::kPad / 8);
       if (!S::kWhole && chunk >= chunks) continue;
-      cp_async_16(shared + staged(t, chunk), tile.values[t] + 16 * chunk);
+      cp_async_16(shared + staged(t, chunk), tokens.values[t] + 16 * chunk);
     }
     cp_async_commit();
   }
 
   // A register of operand A is two channels of a token: k index and channel may be paired at will.
-  // `meanwhile`: once, while the rows come.
-  template <typename Meanwhile>
   __device__ static void score(const CudaAttendCall& call, const Lane& lane,
-                               const ExactTile<S>& tile,
+                               const ExactTokens& tokens,
                                const std::byte* const (&queries)[S::kBlocks],
-                               float (&scores)[S::kBlocks][2][4], const Meanwhile& meanwhile) {
+                               float (&scores)[S::kBlocks][2][4]) {
     constexpr int kSteps = S::kPad / 32;
     constexpr int kTogether = kSteps < 4 ? kSteps : 4;  // loads under way
 #pragma unroll 1
@@ -65,7 +63,7 @@ struct ExactHalf {
       for (int s = 0; s < kTogether; ++s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          keys[s][i] = load(call, tile.keys[lane.g + 8 * i], 32 * (first + s) + 8 * lane.c);
+          keys[s][i] = load(call, tokens.keys[lane.g + 8 * i], 32 * (first + s) + 8 * lane.c);
         }
       }
       uint4 query[kTogether][S::kBlocks];
@@ -76,7 +74,6 @@ struct ExactHalf {
           query[s][n] = load(call, queries[n], 32 * (first + s) + 8 * lane.c);
         }
       }
-      if (first == 0) meanwhile();
 #pragma unroll
       for (int s = 0; s < kTogether; ++s) {
 #pragma unroll
@@ -97,6 +94,14 @@ struct ExactHalf {
   struct Weights {
     std::uint32_t high[4];  // tokens 8 i + 2 c and + 1 of column g
     std::uint32_t low[4];
+
+    __device__ void to_next() {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        high[i] = high[i + 2];
+        low[i] = low[i + 2];
+      }
+    }
   };
   __device__ static Weights weights_of(const float (&exact)[2][4]) {
     Weights weights;
@@ -120,14 +125,15 @@ struct ExactHalf {
   }
 
   // Tokens 16 step + 2 c, + 1, + 8 and + 9; operand A pairs the same channel of two tokens.
-  __device__ static void add(const CudaAttendCall& call, const Lane& lane, const ExactTile<S>& tile,
-                             const float (&exact)[S::kBlocks][2][4], ExactSums<S>& sums) {
+  __device__ static void add(const CudaAttendCall& call, const Lane& lane, const ExactTokens&,
+                             const ExactTile<S>& tile, const float (&exact)[S::kBlocks][2][4],
+                             ExactSums<S>& sums) {
     Weights weights[S::kBlocks];
 #pragma unroll
     for (int n = 0; n < S::kBlocks; ++n) weights[n] = weights_of(exact[n]);
     cp_async_wait<0>();
     __syncwarp();
-#pragma unroll
+#pragma unroll 1  // short code: it comes from memory, once
     for (int step = 0; step < 2; ++step) {
 #pragma unroll
       for (int set = 0; set < S::kPad / 64; ++set) {
@@ -154,13 +160,13 @@ struct ExactHalf {
           for (int n = 0; n < S::kBlocks; ++n) {
             float (&out)[4] = sums.out[n][4 * set + p];
             const Weights& w = weights[n];
-            mma(out, a0, a1, a2, a3, w.high[2 * step], w.high[2 * step + 1]);
-            if constexpr (kType == DType::kBF16) {
-              mma(out, a0, a1, a2, a3, w.low[2 * step], w.low[2 * step + 1]);
-            }
+            mma(out, a0, a1, a2, a3, w.high[0], w.high[1]);
+            if constexpr (kType == DType::kBF16) mma(out, a0, a1, a2, a3, w.low[0], w.low[1]);
           }
         }
       }
+#pragma unroll
+      for (Weights& w : weights) w.to_next();
     }
   }
 };

@@ -8,6 +8,7 @@
 #include <bit>
 #include <climits>
 
+#include "cuda/attend_combine.cuh"
 #include "cuda/attend_decode.cuh"
 
 namespace oscar::cuda {
@@ -58,25 +59,43 @@ int block_warps(const CudaAttendCall& call, const Device& device) {
   return items > 2 * device.multiprocessors ? most : std::min(most, 8);
 }
 
-// The second launch starts without waiting for the first.
+// The second kernel starts beside the first and waits for its end.
 template <class S>
 void launch_kernels(const CudaAttendCall& call, const DecodePlan& plan, const Device& device,
                     cudaStream_t stream) {
   const int shared = plan.block_warps * S::kWarpBytes;
   cudaFuncSetAttribute(attend_decode<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  clear_tickets<<<1, 256, 0, stream>>>(reinterpret_cast<uint4*>(call.workspace),
-                                       static_cast<int>(plan.slots_offset / sizeof(uint4)));
+  attend_decode<S>
+      <<<static_cast<unsigned>(plan.blocks), static_cast<unsigned>(32 * plan.block_warps),
+         static_cast<std::size_t>(shared), stream>>>(call, plan);
+  if (plan.blocks == 1) return;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(device.multiprocessors));
-  config.blockDim = dim3(static_cast<unsigned>(32 * plan.block_warps));
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks - 1));
+  config.blockDim = dim3(static_cast<unsigned>(32 * std::min(plan.slot_columns, kCombineWarps)));
   config.stream = stream;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
   config.numAttrs = device.arch >= 900 ? 1 : 0;
-  cudaLaunchKernelEx(&config, attend_decode<S>, call, plan);
+  cudaLaunchKernelEx(&config, combine_items<S>, call, plan);
+}
+
+inline DecodeExact decode_exact(const Layout& layout, const CacheView& cache) {
+  const int parts = layout.exact_blocks == 4 ? 2 : 1;
+  DecodeExact exact{};
+  exact.ring = layout.ring_tokens();
+  exact.ring_inverse = static_cast<std::uint32_t>((1ull << 32) / static_cast<unsigned>(exact.ring));
+  exact.ring_part = exact.ring / parts;
+  exact.sink_part = layout.sinks / parts;
+  exact.head_rows = static_cast<int>(layout.exact_block_rows());
+  exact.row_bytes = layout.head_dim * static_cast<int>(size_of(layout.exact_dtype));
+  exact.value_block = layout.exact_blocks / 2;
+  if (layout.exact_blocks == 1) {
+    exact.value_offset = static_cast<std::uint32_t>(layout.exact_block_bytes() / 2);
+  }
+  exact.stride = cache.exact_stride == 0 ? layout.exact_block_bytes() : cache.exact_stride;
+  return exact;
 }
 
 template <class S>
@@ -95,10 +114,10 @@ void launch(const CudaAttendCall& call, cudaStream_t stream) {
   plan.slot_floats = slot_floats(call.layout, plan.slot_columns);
   plan.merged = static_cast<int>(
       most_kinds(call.layout, call.batch.size, call.q.tokens, call.q.heads, S::kColumns));
-  plan.slots_offset = static_cast<std::uint32_t>(ticket_bytes(plan.merged, plan.slot_columns));
   const int per_page = call.layout.tiles_per_page();
   plan.page_inverse = static_cast<std::uint32_t>(
       ((1ull << 32) + static_cast<unsigned>(per_page) - 1) / static_cast<unsigned>(per_page));
+  plan.exact = decode_exact(call.layout, call.cache);
   const std::int64_t reach = call.cache.num_pages > 0 ? call.cache.max_pages * per_page : 0;
   plan.table_tiles = static_cast<int>(std::min<std::int64_t>(reach, INT_MAX));
   launch_kernels<S>(call, plan, device, stream);

@@ -209,28 +209,28 @@ __device__ inline void attend_exact_segment(const CudaAttendCall& call, const De
   softmax.clear();
   sums.clear();
   set_exact_bounds<S>(call, plan, state.item, start, tile);
+  // From one before the first: the rows of the next are found while these are in use.
 #pragma unroll 1
-  for (int unit = first; unit < last; ++unit) {
+  for (int unit = first - 1; unit < last; ++unit) {
     const Lane lane = fresh_lane();
+    const ExactTokens& tokens = tile.tokens[unit & 1];
+    if (unit + 1 < last) {
+      find_rows(call, plan, state.item, unit + 1, lane.index, tile.tokens[unit + 1 & 1]);
+    }
     __syncwarp();
-    find_rows<S>(call, state.item, unit, lane.index, tile);
-    __syncwarp();
-    Math::fetch_values(call, lane, tile);
+    if (unit < first) continue;
+    Math::fetch_values(call, lane, tokens, tile);
     float scores[S::kBlocks][2][4] = {};
-    Math::score(call, lane, tile, queries, scores, [&] {
-      if (unit + 1 < last) {
-        prefetch_exact(call, state.item, kTileTokens * (unit + 1) + lane.index);
-      }
-    });
-    finish_exact_scores<S>(call, lane, tile, scores);
+    Math::score(call, lane, tokens, queries, scores);
+    finish_exact_scores<S>(call, lane, tile, tokens, scores);
     float weights[S::kBlocks][2][4];
     weigh_exact<S>(scores, softmax, sums, weights);
-    Math::add(call, lane, tile, weights, sums);
+    Math::add(call, lane, tokens, tile, weights, sums);
+    __syncwarp();
   }
-  __syncwarp();
   const Lane lane = fresh_lane();
   float* partial = partial_of<S>(call, plan, warp, 0);
-  store_exact<S>(call, plan, lane, sums, partial);
+  store_exact<S>(call, plan, lane, sums, reinterpret_cast<float*>(warp), partial);
 #pragma unroll
   for (int i = 0; i < 2 * S::kBlocks; ++i) {
     store_softmax(plan, lane, S::head_dim(call), 8 * (i / 2) + 2 * lane.c + i % 2,

@@ -83,7 +83,7 @@ struct DecodeShape {
   static constexpr int kGroupBytes = kValues + kGroupTiles * kValueBytes;
   static constexpr int kPartialBytes = kColumns * (kDim + 2) * 4;  // in the same place at the end
   // Of exact tokens: ExactTile, then 32 rows of 16-bit V.
-  static constexpr int kExactTileBytes = (1024 + 160 * 8 * kBlocks + 127) / 128 * 128;
+  static constexpr int kExactTileBytes = (1792 + 160 * 8 * kBlocks + 127) / 128 * 128;
   static constexpr int kExactBytes = kExactTileBytes + kTileTokens * 2 * kPad;
   static constexpr int kMostBytes = kGroupBytes > kPartialBytes ? kGroupBytes : kPartialBytes;
   static constexpr int kState =  // WarpState
@@ -190,7 +190,8 @@ __device__ inline WarpState<S>& warp_state(char* warp) {
 
 // A partial result: [column][head_dim] sums, [column] max, [column] sum.
 __device__ inline float* slot_of(const CudaAttendCall& call, const DecodePlan& plan, int slot) {
-  return slots_of(call, plan) + static_cast<std::int64_t>(slot) * plan.slot_floats;
+  return reinterpret_cast<float*>(call.workspace) +
+         static_cast<std::int64_t>(slot) * plan.slot_floats;
 }
 
 // Where the result of the warp's segment of this kind goes.

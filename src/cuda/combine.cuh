@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // combine: the partial results of one query token and head, summed and rotated back, to its output
-// row. By the warp, or a warp of the block, that did the last units of the item.
+// row; by a warp of the block that has all of them, or of combine_items (attend_combine.cuh).
 #pragma once
 
 #include <cstdint>
@@ -39,16 +39,6 @@ __device__ inline ItemEnd end_of(const WarpState<S>& state) {
           s.queries,
           state.item.kv_head,
           state.item.first_column};
-}
-
-// Whether the units of the item that are done here for `column`, whose results other blocks may now
-// read, are its last ones; asked by one lane.
-__device__ inline bool add_units(const CudaAttendCall& call, const DecodePlan& plan,
-                                 const ItemEnd& end, int column) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // for the tickets to be clear
-#endif
-  return add_ordered(ticket_of(call, plan, end.item, column), end.done) + end.done == end.units;
 }
 
 // Running sums of one row. Of a whole head_dim lane l has the channels from kChannels l on, else
@@ -147,75 +137,42 @@ __device__ inline RowSums<S> merge_column(const CudaAttendCall& call, const Deco
   return row;
 }
 
-// To the block's slot of the item, for the block that combines it.
+template <class S>
+__device__ inline void store_part(float* to, int dim, int lane,
+                                  const float (&x)[RowSums<S>::kChannels]) {
+  constexpr int kChannels = RowSums<S>::kChannels;
+  if constexpr (S::kWhole && kChannels == 2) {
+    reinterpret_cast<float2*>(to)[lane] = make_float2(x[0], x[1]);
+  } else if constexpr (S::kWhole) {
+#pragma unroll
+    for (int k = 0; k < kChannels; k += 4) {
+      *reinterpret_cast<float4*>(to + kChannels * lane + k) =
+          make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      if (lane + 32 * k < dim) to[lane + 32 * k] = x[k];
+    }
+  }
+}
+
+// To the block's slot of the item, for combine_items.
 template <class S>
 __device__ inline void store_merged(const CudaAttendCall& call, const DecodePlan& plan, int item,
                                     int column, int lane, const RowSums<S>& row) {
   const int dim = S::head_dim(call);
   float* slot = slot_of(call, plan, plan.merged + static_cast<int>(blockIdx.x) + item);
-#pragma unroll
-  for (int k = 0; k < RowSums<S>::kChannels; ++k) {
-    const int channel = RowSums<S>::channel(lane, k);
-    if (S::kWhole || channel < dim) slot[column * dim + channel] = row.x[k];
-  }
+  store_part<S>(slot + column * dim, dim, lane, row.x);
   if (lane == 0) {
     slot[plan.slot_columns * dim + column] = row.max;
     slot[plan.slot_columns * (dim + 1) + column] = row.sum;
   }
 }
 
-// Adds the merged parts of up to 32 blocks, from slot `first` on.
+// Hadamard transform of a row, but for its norm.
 template <class S>
-__device__ inline void add_merged(const CudaAttendCall& call, const DecodePlan& plan, int first,
-                                  int count, int column, int lane, RowSums<S>& row) {
-  constexpr int kChannels = RowSums<S>::kChannels;
-  constexpr int kTogether = 32 / kChannels;  // loads under way
-  const int dim = S::head_dim(call);
-  const float* own = slot_of(call, plan, first + min(lane, count - 1)) + plan.slot_columns * dim;
-  const float most = lane < count ? __ldcg(own + column) : kNothing;
-  const float sum = __ldcg(own + plan.slot_columns + column);
-  float weight = 0.0f;
-#pragma unroll 1
-  for (int begin = 0; begin < count; begin += kTogether) {
-    float x[kTogether][kChannels];
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {  // past the end the last one, with weight 0
-      const float* slot = slot_of(call, plan, first + min(begin + j, count - 1));
-      load_part<S, true>(slot + column * dim, dim, lane, x[j]);
-    }
-    if (begin == 0) {  // the maxima have come beside the first rows
-      row.raise(max_over_lanes(most));
-      weight = lane < count ? exp2_fast(most - row.max) : 0.0f;
-      row.sum += sum_over_lanes(weight * sum);
-    }
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const float part = __shfl_sync(kFullWarp, weight, (begin + j) % 32);
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) row.x[k] = fmaf(part, x[j][k], row.x[k]);
-    }
-  }
-}
-
-// The sums of all blocks that have units of the item.
-template <class S>
-__device__ inline RowSums<S> combine_column(const CudaAttendCall& call, const DecodePlan& plan,
-                                            const DecodeLine& line, const ItemEnd& end, int column,
-                                            int lane) {
-  const int owner = line.owner(lane % 2 == 0 ? end.first_unit : end.first_unit + end.units - 1);
-  const int from = __shfl_sync(kFullWarp, owner, 0);
-  const int to = __shfl_sync(kFullWarp, owner, 1);
-  RowSums<S> row{kNothing, 0.0f, {}};
-#pragma unroll 1
-  for (int b = from; b <= to; b += 32) {
-    add_merged(call, plan, plan.merged + b + end.item, min(to + 1 - b, 32), column, lane, row);
-  }
-  return row;
-}
-
-// The inverse of V's rotation: Hadamard, then the signs.
-template <class S>
-__device__ inline void unrotate(int dim, int lane, float (&x)[RowSums<S>::kChannels]) {
+__device__ inline void hadamard_row(int dim, int lane, float (&x)[RowSums<S>::kChannels]) {
   using Row = RowSums<S>;
   const int block = hadamard_block(dim);
 #pragma unroll
@@ -237,7 +194,13 @@ __device__ inline void unrotate(int dim, int lane, float (&x)[RowSums<S>::kChann
       x[k + step] = a - b;
     }
   }
-  const float norm = rsqrtf(static_cast<float>(block));
+}
+
+// The signs and the norm of V's rotation: before the Hadamard transform, or after its inverse.
+template <class S>
+__device__ inline void flip_row(int dim, int lane, float (&x)[RowSums<S>::kChannels]) {
+  using Row = RowSums<S>;
+  const float norm = rsqrtf(static_cast<float>(hadamard_block(dim)));
   if constexpr (S::kWhole) {
     const int first = Row::channel(lane, 0);
     const std::uint32_t bits = sign_word<S::kPad / 32>(first / 32) >> first % 32;
@@ -261,10 +224,11 @@ __device__ inline void store_element(float x, DType type, std::byte* row, int ch
   }
 }
 
-// The output of one query token and head.
+// The output of one query token and head; not written unless `real`.
 template <class S>
 __device__ inline void store_row(const CudaAttendCall& call, const DecodePlan& plan,
-                                 const ItemEnd& end, int column, int lane, RowSums<S>& row) {
+                                 const ItemEnd& end, int column, int lane, RowSums<S>& row,
+                                 bool real = true) {
   const int dim = S::head_dim(call);
   const DecodeColumn at = column_of(plan, end.kv_head, end.queries, end.first_column, column);
   const int token = end.first_row + at.query;
@@ -275,8 +239,10 @@ __device__ inline void store_row(const CudaAttendCall& call, const DecodePlan& p
     row.raise(logit);
     row.sum += exp2_fast(logit - row.max);
   }
-  unrotate<S>(dim, lane, row.x);
+  hadamard_row<S>(dim, lane, row.x);
+  flip_row<S>(dim, lane, row.x);
   const float inverse = row.sum > 0.0f ? 1.0f / row.sum : 0.0f;
+  if (!real) return;
   std::byte* to =
       static_cast<std::byte*>(call.out.data) +
       bytes_of(call.out.dtype) * (token * call.out.token_stride + q_head * call.out.head_stride);

@@ -111,15 +111,17 @@ __device__ inline void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address)
                : "memory");
 }
 
-// Adds to *at; what this thread's block or warp wrote before its last barrier is visible to who
-// sees the sum, and what others wrote before theirs to who is behind the next barrier here.
-__device__ inline int add_ordered(int* at, int x) {
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;\n"
-               : "=r"(before)
-               : "l"(at), "r"(x)
-               : "memory");
-  return before;
+// Programmatic dependent launch: the kernel behind this one may start once every block has said so,
+// and sees this kernel's results where it has waited for it.
+__device__ inline void let_kernel_behind_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+__device__ inline void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
 }
 
 // The 128-byte line of an address to L2.

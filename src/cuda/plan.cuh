@@ -15,7 +15,7 @@
 // segment and give one partial result: the last one of a warp in its shared memory, an earlier one
 // in memory, where at most one warp can have it for a kind of an item (slot `kind`). At its end a
 // block merges what it has of each item. Where that is not all, it goes to memory (slot `merged +
-// block + item`), and the block that adds the last unit to a column's ticket combines the parts.
+// block + item`), and a second kernel combines the parts (attend_combine.cuh).
 // The order of the sums depends on the shapes only: results are bit-identical from run to run.
 #pragma once
 
@@ -37,6 +37,26 @@ __host__ __device__ constexpr int exact_weight(int level) { return level == kLon
 static_assert(1 << tile_shift(kGroupLevel) == kGroupTiles);
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
+// Where rows of the exact memory are (oscar::exact_place, for any number of blocks): ring and sinks
+// lie in one part, or half of each in one of two.
+struct DecodeExact {
+  int ring;                    // rows of the ring
+  std::uint32_t ring_inverse;  // floor(2^32 / ring)
+  int ring_part;               // rows of the ring in a part
+  int sink_part;
+  int head_rows;  // rows of a KV head in a block
+  int row_bytes;
+  int value_block;             // block of V's first part, 0 if K's has V, too
+  std::uint32_t value_offset;  // bytes from a row of K to that of V in the same block
+  std::int64_t stride;         // bytes from one slot to the next
+
+  [[nodiscard]] __device__ int ring_row(int token) const {
+    const auto at = static_cast<std::uint32_t>(token);
+    const std::uint32_t rest = at - __umulhi(at, ring_inverse) * static_cast<unsigned>(ring);
+    return static_cast<int>(min(rest, rest - static_cast<unsigned>(ring)));
+  }
+};
+
 // What the host knows.
 struct DecodePlan {
   int group;                    // query heads of a KV head
@@ -48,9 +68,9 @@ struct DecodePlan {
   int slot_columns;             // columns that an item of this call can have, at most `columns`
   int slot_floats;
   int merged;                  // first slot of the partial results that blocks merged
-  std::uint32_t slots_offset;  // of the workspace, bytes
   std::uint32_t page_inverse;  // ceil(2^32 / tiles of a page), 0 where that is 1
   int table_tiles;             // tiles that the block table of a sequence reaches
+  DecodeExact exact;
 
   [[nodiscard]] __device__ int warps() const { return blocks * block_warps; }
   [[nodiscard]] __device__ int page_of(int tile) const {  // below 2^32 / tiles of a page
@@ -69,18 +89,6 @@ __device__ inline int divide(int a, int b) {
   const int guess = __float2int_rz(__fdividef(static_cast<float>(a), static_cast<float>(b)));
   const int rest = a - guess * b;
   return guess + (rest >= b ? 1 : 0) - (rest < 0 ? 1 : 0);
-}
-
-// The workspace: a ticket a column of each item (units that are done, 0 at first), then the slots.
-__host__ __device__ constexpr std::int64_t ticket_bytes(std::int64_t kinds, int slot_columns) {
-  return (kinds / 2 * slot_columns * static_cast<std::int64_t>(sizeof(int)) + 255) / 256 * 256;
-}
-__device__ inline int* ticket_of(const CudaAttendCall& call, const DecodePlan& plan, int item,
-                                 int column) {
-  return reinterpret_cast<int*>(call.workspace) + item * plan.slot_columns + column;
-}
-__device__ inline float* slots_of(const CudaAttendCall& call, const DecodePlan& plan) {
-  return reinterpret_cast<float*>(call.workspace + plan.slots_offset);
 }
 
 // One sequence. Tokens below `sinks` and from exact_first on are exact, the tiles from first_tile

@@ -109,15 +109,15 @@ __device__ inline int2 scan_chunk(const CudaAttendCall& call, const DecodePlan& 
   return make_int2(__shfl_sync(kFullWarp, sums.x, 31), __shfl_sync(kFullWarp, sums.y, 31));
 }
 
-// By all threads of a block: a batch of up to 32 sequences by every warp for itself.
+// By all threads of a block of `warps`: a batch of up to 32 sequences by every warp for itself.
 __device__ inline LineScan plan_line(const CudaAttendCall& call, const DecodePlan& plan,
-                                     PlanTable& table) {
+                                     PlanTable& table, int warps) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const bool alone = call.batch.size <= 32;
   LineScan scan{};
 #pragma unroll 1
   for (int chunk = alone ? 0 : static_cast<int>(threadIdx.x) / 32; chunk < kPlanChunks;
-       chunk += plan.block_warps) {
+       chunk += warps) {
     const int2 sums = scan_chunk(call, plan, chunk, lane, scan);
     scan.units = sums.x;
     scan.items = sums.y;

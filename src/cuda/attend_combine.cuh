@@ -1,0 +1,116 @@
+// SPDX-FileCopyrightText: 2026 The oscar-kv authors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The kernel behind attend_decode: items that several blocks have units of. Its blocks start while
+// those of attend_decode are at work, find their item and go through all their code once, on
+// whatever is in memory: then it is in the caches when the results are, and what it does with them
+// takes a third of the time.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attend_fetch.cuh"
+#include "cuda/combine.cuh"
+#include "cuda/plan_line.cuh"
+
+namespace oscar::cuda {
+
+inline constexpr int kCombineWarps = 8;  // at most; a column each
+
+// Adds the merged parts of up to 32 blocks, from slot `first` on.
+template <class S>
+__device__ inline void add_merged(const CudaAttendCall& call, const DecodePlan& plan, int first,
+                                  int count, int column, int lane, RowSums<S>& row) {
+  constexpr int kChannels = RowSums<S>::kChannels;
+  constexpr int kTogether = 64 / kChannels;  // loads under way
+  const int dim = S::head_dim(call);
+  const float* own = slot_of(call, plan, first + min(lane, count - 1)) + plan.slot_columns * dim;
+  const float most = lane < count ? __ldcg(own + column) : kNothing;
+  const float sum = __ldcg(own + plan.slot_columns + column);
+  float weight = 0.0f;
+#pragma unroll 1
+  for (int begin = 0; begin < count; begin += kTogether) {
+    float x[kTogether][kChannels];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {  // past the end the last one, with weight 0
+      const float* slot = slot_of(call, plan, first + min(begin + j, count - 1));
+      load_part<S, true>(slot + column * dim, dim, lane, x[j]);
+    }
+    if (begin == 0) {  // the maxima have come beside the first rows
+      row.raise(max_over_lanes(most));
+      weight = lane < count ? exp2_fast(most - row.max) : 0.0f;
+      row.sum += sum_over_lanes(weight * sum);
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const float part = __shfl_sync(kFullWarp, weight, (begin + j) % 32);
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) row.x[k] = fmaf(part, x[j][k], row.x[k]);
+    }
+  }
+}
+
+// The sums of blocks from .. to, which have units of the item.
+template <class S>
+__device__ inline RowSums<S> combine_column(const CudaAttendCall& call, const DecodePlan& plan,
+                                            const ItemEnd& end, int from, int to, int column,
+                                            int lane) {
+  RowSums<S> row{kNothing, 0.0f, {}};
+#pragma unroll 1
+  for (int b = from; b <= to; b += 32) {
+    add_merged(call, plan, plan.merged + b + end.item, min(to + 1 - b, 32), column, lane, row);
+  }
+  return row;
+}
+
+// The item whose first units block `b` has and whose last ones another: item -1 if there is none.
+// place: of the block's last unit.
+__device__ inline ItemEnd split_item(const CudaAttendCall& call, const DecodePlan& plan,
+                                     const DecodeLine& line, const DecodePlace& place, int b) {
+  const DecodeSequence& s = place.sequence;
+  const int units = s.item_units();
+  const int behind = line.block_start(b + 1);
+  const int item = divide(behind - 1 - place.unit, units);
+  const int kv_head = divide(item, s.blocks);
+  const int first = place.unit + item * units;
+  const bool split = first >= line.block_start(b) && first + units > behind;
+  return {split ? place.item + item : -1,
+          0,
+          0,
+          units,
+          first,
+          s.first_row,
+          s.queries,
+          kv_head,
+          (item - kv_head * s.blocks) * plan.columns};
+}
+
+template <class S>
+__global__ void __launch_bounds__(32 * kCombineWarps)
+    combine_items(const __grid_constant__ CudaAttendCall call,
+                  const __grid_constant__ DecodePlan plan) {
+  __shared__ PlanTable table;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int b = static_cast<int>(blockIdx.x);
+  LineScan scan = plan_line(call, plan, table, warps);
+  const DecodeLine line = decode_line(plan, scan.units, scan.items, scan.level);
+  if (b >= line.blocks - 1 || line.units == 0) return;
+  const DecodePlace place = find_unit(call, plan, table, scan, line.block_start(b + 1) - 1, lane);
+  const ItemEnd end = split_item(call, plan, line, place, b);
+  if (end.item < 0) return;
+  const int to = line.owner(end.first_unit + end.units - 1);
+  // The first time for the code alone, without output.
+#pragma unroll 1
+  for (int pass = kArch < 900 ? 1 : 0; pass < 2; pass = kept(pass) + 1) {
+    if (pass == 1) wait_for_kernel_before();
+#pragma unroll 1
+    for (int column = static_cast<int>(threadIdx.x) / 32; column < plan.slot_columns;
+         column += warps) {
+      RowSums<S> row = combine_column<S>(call, plan, end, b, to, column, lane);
+      store_row(call, plan, end, column, lane, row, pass == 1);
+    }
+  }
+}
+
+}  // namespace oscar::cuda
