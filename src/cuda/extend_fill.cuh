@@ -23,13 +23,18 @@ __device__ constexpr int token_of_column(int column) {
 __device__ inline std::uint32_t as_bits(__half2 x) { return reinterpret_cast<std::uint32_t&>(x); }
 __device__ inline __half2 as_half2(std::uint32_t x) { return reinterpret_cast<__half2&>(x); }
 
-// Codes at bit kShift of the low and the high half of w as exact fp16 numbers, less kBias.
+// Codes at bit kShift of the low and the high half of w as the fp16 numbers 1024 + code 2^kShift.
+template <int kBits, int kShift>
+__device__ inline __half2 magic_of(std::uint32_t w) {
+  constexpr std::uint32_t kMask = (kBits == 2 ? 0x00030003u : 0x000f000fu) << kShift;
+  return as_half2((w & kMask) | 0x64006400u);
+}
+
+// The codes as exact fp16 numbers, less kBias.
 template <int kBits, int kShift, int kBias = 0>
 __device__ inline __half2 codes_of(std::uint32_t w) {
-  constexpr std::uint32_t kMask = (kBits == 2 ? 0x00030003u : 0x000f000fu) << kShift;
   constexpr float kPlace = 1.0f / static_cast<float>(1 << kShift);
-  const std::uint32_t magic = (w & kMask) | 0x64006400u;  // 1024 + code 2^kShift
-  return __hfma2(as_half2(magic), __float2half2_rn(kPlace),
+  return __hfma2(magic_of<kBits, kShift>(w), __float2half2_rn(kPlace),
                  __float2half2_rn(-1024.0f * kPlace - static_cast<float>(kBias)));
 }
 
@@ -87,21 +92,46 @@ struct TokenBytes {
   }
 };
 
-// Scale and offset of eight channels as the pairs (0, 2), (1, 3), (4, 6), (5, 7).
+// What makes keys of the codes of eight channels, as the pairs (0, 2), (1, 3), (4, 6), (5, 7). A
+// code is read as m = 1024 + place code (magic_of), and a key over its norm is
+//   i_s (code - N / 2) + U_m i_m = m scale + offset + rest,
+// where m scale + offset is a multiple of a power of two that fp16 holds exactly (unless mids are
+// far larger than steps) and the rest is added with the norm: the key is rounded once. Rounding
+// U_m i_m - N / 2 i_s to fp16 instead would be an error common to all tokens of a tile, which does
+// not average out: it shifts their scores against those of other tiles.
+template <int kBits>
 struct ChannelParameters {
   __half2 scale[4];
   __half2 offset[4];
+  __half2 rest[4];
 
-  __device__ ChannelParameters(uint2 bytes, const KeyUnits& units, float middle) {
-    const __half2 scale_unit = __float2half2_rn(units.scale);
+  __device__ ChannelParameters(uint2 bytes, const KeyUnits& units) {
+    constexpr float kMiddle = 0.5f * max_code(kBits);
     const __half2 mid_unit = __float2half2_rn(units.mid);
+    const __half2 mid_unit_rest = __float2half2_rn(units.mid - __low2float(mid_unit));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      const float place = i < 2 ? 1.0f : static_cast<float>(1 << kBits);
       const std::uint32_t word = (i < 2 ? bytes.x : bytes.y) >> (8 * (i % 2));
-      scale[i] = __hmul2(codes_of<4, 0>(word), scale_unit);
-      offset[i] = __hfma2(codes_of<4, 0, kMaxMidIndex>(word >> 4), mid_unit,
-                          __hmul2(scale[i], __float2half2_rn(-middle)));
+      const float unit = units.scale / place;
+      scale[i] =
+          __hfma2(magic_of<4, 0>(word), __float2half2_rn(unit), __float2half2_rn(-1024.0f * unit));
+      const __half2 mid = codes_of<4, 4, kMaxMidIndex>(word);
+      offset[i] =
+          __hfma2(scale[i], __float2half2_rn(-1024.0f - kMiddle * place), __hmul2(mid, mid_unit));
+      rest[i] = __hfma2(mid, mid_unit, __hneg2(taken(i, scale[i], offset[i])));
+      rest[i] = __hfma2(mid, mid_unit_rest, rest[i]);
     }
+  }
+
+  // What of U_m i_m is in the offset, exactly; for pairs 0 and 1 the sum of 1024 and the middle is
+  // not a number of fp16.
+  __device__ static __half2 taken(int i, __half2 scale, __half2 offset) {
+    constexpr float kMiddle = 0.5f * max_code(kBits);
+    constexpr float kPlace = static_cast<float>(1 << kBits);
+    if (i >= 2) return __hfma2(scale, __float2half2_rn(1024.0f + kMiddle * kPlace), offset);
+    const __half2 zero = __hfma2(scale, __float2half2_rn(1024.0f), offset);
+    return __hfma2(scale, __float2half2_rn(kMiddle), zero);
   }
 };
 
@@ -117,7 +147,7 @@ __device__ inline void load_pairs(const void* shared, __half2 (&x)[4]) {
 // K. x: their words, shifted so that the first channel's code is in bit 0.
 template <int kBits>
 __device__ inline void unpack_key_quad(const std::uint32_t (&x)[4], const __half2 (&norm)[4],
-                                       const ChannelParameters& p, int row0, int chunk,
+                                       const ChannelParameters<kBits>& p, int row0, int chunk,
                                        char* panel) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -125,8 +155,9 @@ __device__ inline void unpack_key_quad(const std::uint32_t (&x)[4], const __half
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const std::uint32_t pair = i % 2 == 0 ? x[j] : x[j] >> 8;
-      const __half2 code = i < 2 ? codes_of<kBits, 0>(pair) : codes_of<kBits, kBits>(pair);
-      out[i] = as_bits(__hmul2(__hfma2(code, p.scale[i], p.offset[i]), norm[j]));
+      const __half2 magic = i < 2 ? magic_of<kBits, 0>(pair) : magic_of<kBits, kBits>(pair);
+      const __half2 exact = __hfma2(magic, p.scale[i], p.offset[i]);
+      out[i] = as_bits(__hfma2(exact, norm[j], __hmul2(p.rest[i], norm[j])));
     }
     const int row = row0 + (j == 1 ? 2 : j == 2 ? 1 : j);
     *reinterpret_cast<uint4*>(panel + swizzled(row, chunk)) =
@@ -195,7 +226,7 @@ __device__ inline void fill_format(int head_dim, const char* raw, int thread,
   __syncwarp();
   token.store(units.unit, 0.5f * max_code(kValueBits), lane, own);
   __syncwarp();
-  const ChannelParameters p(channels, units, 0.5f * max_code(kKeyBits));
+  const ChannelParameters<kKeyBits> p(channels, units);
   char* panel = k_operand + chunk / 8 * kUnitTokens * 128;
 #pragma unroll
   for (int i = 0; i < kSteps && has_keys; ++i) {
