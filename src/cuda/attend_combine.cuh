@@ -3,8 +3,7 @@
 //
 // The kernel behind attend_decode: items that several blocks have units of. Its blocks start while
 // those of attend_decode are at work, find their item and go through all their code once, on
-// whatever is in memory: then it is in the caches when the results are, and what it does with them
-// takes a third of the time.
+// whatever is in memory: then it is in the caches when the results are.
 #pragma once
 
 #include <cstdint>
@@ -50,39 +49,23 @@ __device__ inline void add_merged(const CudaAttendCall& call, const DecodePlan& 
   }
 }
 
-// The sums of blocks from .. to, which have units of the item.
-template <class S>
-__device__ inline RowSums<S> combine_column(const CudaAttendCall& call, const DecodePlan& plan,
-                                            const ItemEnd& end, int from, int to, int column,
-                                            int lane) {
-  RowSums<S> row{kNothing, 0.0f, {}};
-#pragma unroll 1
-  for (int b = from; b <= to; b += 32) {
-    add_merged(call, plan, plan.merged + b + end.item, min(to + 1 - b, 32), column, lane, row);
-  }
-  return row;
-}
-
 // The item whose first units block `b` has and whose last ones another: item -1 if there is none.
-// place: of the block's last unit.
 __device__ inline ItemEnd split_item(const CudaAttendCall& call, const DecodePlan& plan,
-                                     const DecodeLine& line, const DecodePlace& place, int b) {
+                                     const PlanTable& table, LineScan& scan, const DecodeLine& line,
+                                     int b, int lane) {
+  ItemEnd end{};
+  end.item = -1;
+  if (b >= line.blocks - 1) return end;
+  const int behind = line.block_start(b + 1);
+  const DecodePlace place = find_unit(call, plan, table, scan, behind - 1, lane);
   const DecodeSequence& s = place.sequence;
   const int units = s.item_units();
-  const int behind = line.block_start(b + 1);
   const int item = divide(behind - 1 - place.unit, units);
-  const int kv_head = divide(item, s.blocks);
   const int first = place.unit + item * units;
-  const bool split = first >= line.block_start(b) && first + units > behind;
-  return {split ? place.item + item : -1,
-          0,
-          0,
-          units,
-          first,
-          s.first_row,
-          s.queries,
-          kv_head,
-          (item - kv_head * s.blocks) * plan.columns};
+  if (first < line.block_start(b) || first + units <= behind) return end;
+  const int kv_head = divide(item, s.blocks);
+  const int column = (item - kv_head * s.blocks) * plan.columns;
+  return {place.item + item, 0, 0, units, first, s.first_row, s.queries, kv_head, column};
 }
 
 template <class S>
@@ -90,14 +73,12 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
     combine_items(const __grid_constant__ CudaAttendCall call,
                   const __grid_constant__ DecodePlan plan) {
   __shared__ PlanTable table;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = fresh_lane().index;
   const int warps = static_cast<int>(blockDim.x) / 32;
-  const int b = static_cast<int>(blockIdx.x);
+  const int block = static_cast<int>(blockIdx.x);
   LineScan scan = plan_line(call, plan, table, warps);
   const DecodeLine line = decode_line(plan, scan.units, scan.items, scan.level);
-  if (b >= line.blocks - 1 || line.units == 0) return;
-  const DecodePlace place = find_unit(call, plan, table, scan, line.block_start(b + 1) - 1, lane);
-  const ItemEnd end = split_item(call, plan, line, place, b);
+  const ItemEnd end = split_item(call, plan, table, scan, line, block, lane);
   if (end.item < 0) return;
   const int to = line.owner(end.first_unit + end.units - 1);
   // The first time for the code alone, without output.
@@ -105,9 +86,12 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   for (int pass = kArch < 900 ? 1 : 0; pass < 2; pass = kept(pass) + 1) {
     if (pass == 1) wait_for_kernel_before();
 #pragma unroll 1
-    for (int column = static_cast<int>(threadIdx.x) / 32; column < plan.slot_columns;
-         column += warps) {
-      RowSums<S> row = combine_column<S>(call, plan, end, b, to, column, lane);
+    for (int column = fresh_warp(); column < plan.slot_columns; column += warps) {
+      RowSums<S> row{kNothing, 0.0f, {}};
+#pragma unroll 1
+      for (int b = block; b <= to; b += 32) {
+        add_merged(call, plan, plan.merged + b + end.item, min(to + 1 - b, 32), column, lane, row);
+      }
       store_row(call, plan, end, column, lane, row, pass == 1);
     }
   }

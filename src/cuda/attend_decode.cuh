@@ -60,11 +60,7 @@ __device__ inline void end_block(const CudaAttendCall& call, const DecodePlan& p
     for (int column = warp >= first % warps ? warp - first % warps : warp - first % warps + warps;
          column < plan.slot_columns; column += warps) {
       RowSums<S> row = merge_column<S>(call, plan, shared, members, end, column, lane);
-      if (end.done == end.units) {
-        store_row(call, plan, end, column, lane, row);
-      } else {
-        store_merged(call, plan, end.item, column, lane, row);
-      }
+      finish_column<S>(call, plan, end, column, lane, row);
     }
   }
 }
@@ -110,7 +106,7 @@ __device__ inline void attend_segment(const CudaAttendCall& call, const DecodePl
 #pragma unroll 1
   for (int column = 0; column < plan.slot_columns; ++column) {
     RowSums<S> row = merge_column<S>(call, plan, warp, 0, whole, column, lane.index);
-    store_row(call, plan, whole, column, lane.index, row);
+    finish_column<S>(call, plan, whole, column, lane.index, row);
   }
 }
 
@@ -159,13 +155,10 @@ __device__ inline void attend_part(const CudaAttendCall& call, const DecodePlan&
   DecodePlace place = find_unit(call, plan, table, scan, unit, lane);
 #pragma unroll 1
   while (unit < last) {
-    const int items = call.layout.kv_heads * place.sequence.blocks;
-    const int end = place.unit + items * place.sequence.item_units();
     WarpState<S>& next = warp_state<S>(warp_memory<S>());
-    if (unit >= end) [[unlikely]] {
-      const int b = place.sequence.b + 1;
-      if (b >= call.batch.size) break;
-      place = {decode_sequence(call, plan, b, next.level), end, place.item + items};
+    if (unit >= place_end(call, place)) [[unlikely]] {
+      if (place.sequence.b + 1 >= call.batch.size) break;
+      place = next_place(call, plan, place, next.level);
       continue;
     }
     if (fresh_lane().index == 0) set_segment(call, plan, place, unit, last, next);

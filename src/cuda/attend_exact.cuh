@@ -105,10 +105,11 @@ __device__ inline int exact_token(const DecodeSequence& s, int index) {
   return index < s.sinks ? index : s.exact_first + index - s.sinks;
 }
 
-// Lane t: exact token 32 unit + t, whose rows are on their way to L2 afterwards: under load each
-// wait for memory is one for all the tiles that were asked for before.
+// Lane t: exact token 32 unit + t. ahead: its rows to L2 already: under load each wait for memory
+// is one for all the tiles that were asked for before.
 __device__ inline void find_rows(const CudaAttendCall& call, const DecodePlan& plan,
-                                 const DecodeItem& item, int unit, int t, ExactTokens& to) {
+                                 const DecodeItem& item, int unit, int t, bool ahead,
+                                 ExactTokens& to) {
   const DecodeSequence& s = item.sequence;
   const int index = min(kTileTokens * unit + t, s.exact_tokens - 1);
   const int token = exact_token(s, index);
@@ -118,7 +119,7 @@ __device__ inline void find_rows(const CudaAttendCall& call, const DecodePlan& p
   to.values[t] = rows.value;
   to.key_types[t] = rows.key_type;
   to.value_types[t] = rows.value_type;
-  const int bytes = call.layout.head_dim * bytes_of(rows.key_type);
+  const int bytes = ahead ? call.layout.head_dim * bytes_of(rows.key_type) : 0;
 #pragma unroll 1  // short code: it comes from memory, once
   for (int at = 0; at < bytes; at += 128) {
     prefetch_l2(rows.key + at);

@@ -26,10 +26,12 @@ struct ExactAny {
   __device__ static void fetch_values(const CudaAttendCall&, const Lane&, const ExactTokens&,
                                       const ExactTile<S>&) {}
 
+  template <typename Meanwhile>
   __device__ static void score(const CudaAttendCall& call, const Lane& lane,
                                const ExactTokens& tokens,
                                const std::byte* const (&queries)[S::kBlocks],
-                               float (&scores)[S::kBlocks][2][4]) {
+                               float (&scores)[S::kBlocks][2][4], const Meanwhile& meanwhile) {
+    meanwhile();
 #pragma unroll 1
     for (int first = 0; first < S::kPad; first += 32) {
       const int channel = first + 8 * lane.c;

@@ -50,10 +50,12 @@ struct ExactHalf {
   }
 
   // A register of operand A is two channels of a token: k index and channel may be paired at will.
+  // `meanwhile`: once, while the rows come.
+  template <typename Meanwhile>
   __device__ static void score(const CudaAttendCall& call, const Lane& lane,
                                const ExactTokens& tokens,
                                const std::byte* const (&queries)[S::kBlocks],
-                               float (&scores)[S::kBlocks][2][4]) {
+                               float (&scores)[S::kBlocks][2][4], const Meanwhile& meanwhile) {
     constexpr int kSteps = S::kPad / 32;
     constexpr int kTogether = kSteps < 4 ? kSteps : 4;  // loads under way
 #pragma unroll 1
@@ -74,6 +76,7 @@ struct ExactHalf {
           query[s][n] = load(call, queries[n], 32 * (first + s) + 8 * lane.c);
         }
       }
+      if (first == 0) meanwhile();
 #pragma unroll
       for (int s = 0; s < kTogether; ++s) {
 #pragma unroll

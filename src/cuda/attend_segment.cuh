@@ -215,13 +215,14 @@ __device__ inline void attend_exact_segment(const CudaAttendCall& call, const De
     const Lane lane = fresh_lane();
     const ExactTokens& tokens = tile.tokens[unit & 1];
     if (unit + 1 < last) {
-      find_rows(call, plan, state.item, unit + 1, lane.index, tile.tokens[unit + 1 & 1]);
+      find_rows(call, plan, state.item, unit + 1, lane.index, unit >= first,
+                tile.tokens[unit + 1 & 1]);
     }
     __syncwarp();
     if (unit < first) continue;
-    Math::fetch_values(call, lane, tokens, tile);
     float scores[S::kBlocks][2][4] = {};
-    Math::score(call, lane, tokens, queries, scores);
+    Math::score(call, lane, tokens, queries, scores,
+                [&] { Math::fetch_values(call, lane, tokens, tile); });
     finish_exact_scores<S>(call, lane, tile, tokens, scores);
     float weights[S::kBlocks][2][4];
     weigh_exact<S>(scores, softmax, sums, weights);

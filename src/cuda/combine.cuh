@@ -157,12 +157,10 @@ __device__ inline void store_part(float* to, int dim, int lane,
   }
 }
 
-// To the block's slot of the item, for combine_items.
 template <class S>
-__device__ inline void store_merged(const CudaAttendCall& call, const DecodePlan& plan, int item,
-                                    int column, int lane, const RowSums<S>& row) {
+__device__ inline void store_sums(const CudaAttendCall& call, const DecodePlan& plan, float* slot,
+                                  int column, int lane, const RowSums<S>& row) {
   const int dim = S::head_dim(call);
-  float* slot = slot_of(call, plan, plan.merged + static_cast<int>(blockIdx.x) + item);
   store_part<S>(slot + column * dim, dim, lane, row.x);
   if (lane == 0) {
     slot[plan.slot_columns * dim + column] = row.max;
@@ -254,6 +252,19 @@ __device__ inline void store_row(const CudaAttendCall& call, const DecodePlan& p
   if (call.lse != nullptr && lane == 0) {
     call.lse[static_cast<std::int64_t>(token) * call.q.heads + q_head] =
         row.sum > 0.0f ? kLn2 * (row.max + log2_fast(row.sum)) : -INFINITY;
+  }
+}
+
+// A column of an item as far as the block has it: to the output if that is all, else to the block's
+// slot of the item, for combine_items.
+template <class S>
+__device__ inline void finish_column(const CudaAttendCall& call, const DecodePlan& plan,
+                                     const ItemEnd& end, int column, int lane, RowSums<S>& row) {
+  if (end.done == end.units) {
+    store_row(call, plan, end, column, lane, row);
+  } else {
+    const int slot = plan.merged + static_cast<int>(blockIdx.x) + end.item;
+    store_sums(call, plan, slot_of(call, plan, slot), column, lane, row);
   }
 }
 

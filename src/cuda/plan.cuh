@@ -28,12 +28,16 @@ namespace oscar::cuda {
 
 inline constexpr int kGroupTiles = 4;
 
-// How fine the units are: packed ones of 1, 2 or 4 tiles; on the last level 32 exact tokens stand
-// for as many units as they take time, and only the first of these does them.
+// How fine the units are: packed ones of 1, 2 or 4 tiles; on the last two levels 32 exact tokens
+// stand for as many units as they take time, and only the first of these does them. Where several
+// blocks share an item, few of them have exact tokens, whose code then comes late.
 inline constexpr int kGroupLevel = 2;
 inline constexpr int kLongLevel = 3;
+inline constexpr int kSharedLevel = 4;
 __host__ __device__ constexpr int tile_shift(int level) { return level < 2 ? level : 2; }
-__host__ __device__ constexpr int exact_weight(int level) { return level == kLongLevel ? 4 : 1; }
+__host__ __device__ constexpr int exact_weight(int level) {
+  return level == kSharedLevel ? 6 : level == kLongLevel ? 4 : 1;
+}
 static_assert(1 << tile_shift(kGroupLevel) == kGroupTiles);
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
@@ -110,17 +114,11 @@ struct DecodeSequence {
   int blocks;  // of query columns, a KV head
 
   [[nodiscard]] __device__ int item_units() const { return exact_units + packed_units; }
-  [[nodiscard]] __device__ int exact_units_on(int level) const {
-    return (exact_tokens + kTileTokens - 1) / kTileTokens * exact_weight(level);
-  }
-  [[nodiscard]] __device__ int packed_units_on(int level) const {
-    const int shift = tile_shift(level);
-    if (packed_high <= first_tile) return 0;
-    return ((packed_high - 1) >> shift) - (first_tile >> shift) + 1;
-  }
   __device__ void cut(int level) {
-    exact_units = exact_units_on(level);
-    packed_units = packed_units_on(level);
+    const int shift = tile_shift(level);
+    exact_units = (exact_tokens + kTileTokens - 1) / kTileTokens * exact_weight(level);
+    packed_units =
+        packed_high <= first_tile ? 0 : ((packed_high - 1) >> shift) - (first_tile >> shift) + 1;
   }
 };
 
@@ -212,13 +210,15 @@ __device__ inline int most_units(const DecodePlan& plan, int units, int blocks) 
   return divide(divide(units + blocks - 1, blocks) + plan.block_warps - 1, plan.block_warps);
 }
 
-// Of equal items, as many blocks as have whole ones, if that takes no longer than all blocks: what
-// blocks share costs a merge through memory.
+// Of equal items, as many blocks as give each block whole items, or each item whole blocks, if that
+// takes no longer than all blocks: what blocks share costs a merge through memory, and an item that
+// ends within a warp's part a new start.
 __device__ inline DecodeLine decode_line(const DecodePlan& plan, int units, int items, int level) {
   int blocks = max(min(plan.blocks, units), 1);  // none without units between two that have some
-  if (2 * items > blocks && units == divide(units, items) * items) {
+  if (items > 0 && units == divide(units, items) * items) {
     const int per_block = divide(items + blocks - 1, blocks);
-    const int even = divide(items + per_block - 1, per_block);
+    const int even =
+        items <= blocks ? divide(blocks, items) * items : divide(items + per_block - 1, per_block);
     if (most_units(plan, units, even) <= most_units(plan, units, blocks)) blocks = even;
   }
   const int each = divide(units, blocks);

@@ -73,11 +73,13 @@ __device__ inline void prefetch_tables(const CudaAttendCall& call) {
 
 // The finest units that leave each warp one at most, for a batch of up to 32 sequences.
 __device__ inline int finest_level(const DecodePlan& plan, const DecodeSequence& s, int items) {
-  int finest = kLongLevel;
+  const unsigned all = __reduce_add_sync(kFullWarp, static_cast<unsigned>(items));
+  int finest = 2 * all <= static_cast<unsigned>(plan.blocks) ? kSharedLevel : kLongLevel;
 #pragma unroll
   for (int level = kGroupLevel; level >= 0; --level) {
-    const auto units =
-        static_cast<unsigned>(items * (s.exact_units_on(level) + s.packed_units_on(level)));
+    DecodeSequence cut = s;
+    cut.cut(level);
+    const auto units = static_cast<unsigned>(items * cut.item_units());
     if (__reduce_add_sync(kFullWarp, units) <= static_cast<unsigned>(plan.warps())) finest = level;
   }
   return finest;
@@ -152,6 +154,36 @@ struct DecodePlace {
   int item;
 };
 
+__device__ inline int place_items(const CudaAttendCall& call, const DecodePlace& place) {
+  return call.layout.kv_heads * place.sequence.blocks;
+}
+__device__ inline int place_end(const CudaAttendCall& call, const DecodePlace& place) {
+  return place.unit + place_items(call, place) * place.sequence.item_units();
+}
+__device__ inline DecodePlace next_place(const CudaAttendCall& call, const DecodePlan& plan,
+                                         const DecodePlace& place, int level) {
+  return {decode_sequence(call, plan, place.sequence.b + 1, level), place_end(call, place),
+          place.item + place_items(call, place)};
+}
+
+// The sequence of record `found` of the chunk.
+__device__ inline DecodePlace place_of(const CudaAttendCall& call, const DecodePlan& plan,
+                                       const LineScan& scan, int found) {
+  const auto of_found = [&](int x) { return __shfl_sync(kFullWarp, x, found); };
+  DecodePlace place{
+      {}, scan.start.x + of_found(scan.record.unit), scan.start.y + of_found(scan.record.item)};
+  DecodeSequence& s = place.sequence;
+  s.b = (32 * scan.chunk + found) * record_sequences(call);
+  s.first_row = of_found(scan.record.first_row);
+  s.queries = of_found(scan.record.queries);
+  s.cached = of_found(scan.record.cached);
+  s.packed_low = of_found(scan.record.packed_low);
+  s.packed_high = of_found(scan.record.packed_high);
+  s.slot = of_found(scan.record.slot);
+  s = completed(call, plan, s, scan.level);
+  return place;
+}
+
 // The sequence that has `unit`, for a whole warp: the last record that starts at or before it.
 __device__ inline DecodePlace find_unit(const CudaAttendCall& call, const DecodePlan& plan,
                                         const PlanTable& table, LineScan& scan, int unit,
@@ -163,21 +195,12 @@ __device__ inline DecodePlace find_unit(const CudaAttendCall& call, const Decode
   const unsigned records = __ballot_sync(kFullWarp, (first + lane) * each < call.batch.size &&
                                                         scan.start.x + scan.record.unit <= unit);
   const int found = 31 - __clz(static_cast<int>(records));
-  const auto of_found = [&](int x) { return __shfl_sync(kFullWarp, x, found); };
-  DecodePlace place{
-      {}, scan.start.x + of_found(scan.record.unit), scan.start.y + of_found(scan.record.item)};
-  DecodeSequence& s = place.sequence;
-  s.b = (first + found) * each;
-  s.first_row = of_found(scan.record.first_row);
-  s.queries = of_found(scan.record.queries);
-  s.cached = of_found(scan.record.cached);
-  s.packed_low = of_found(scan.record.packed_low);
-  s.packed_high = of_found(scan.record.packed_high);
-  s.slot = of_found(scan.record.slot);
+  DecodePlace place = place_of(call, plan, scan, found);
   if (each > 1) [[unlikely]] {
-    s = decode_sequence(call, plan, s.b, scan.level);
-  } else {
-    s = completed(call, plan, s, scan.level);
+    place.sequence = decode_sequence(call, plan, place.sequence.b, scan.level);
+    while (unit >= place_end(call, place) && place.sequence.b + 1 < call.batch.size) {
+      place = next_place(call, plan, place, scan.level);
+    }
   }
   return place;
 }
