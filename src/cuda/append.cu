@@ -7,6 +7,7 @@
 
 #include "core/check.hpp"
 #include "cuda/append_plain.cuh"
+#include "cuda/append_step.cuh"
 #include "cuda/append_warp.cuh"
 #include "cuda/check.hpp"
 #include "oscar/cuda.hpp"
@@ -17,6 +18,8 @@ namespace {
 constexpr std::int64_t kMostRounds = 8;        // slots of a tile's two warps, one after the other
 constexpr std::int64_t kManyBlocks = 1 << 13;  // fewer blocks than that: one slot each
 constexpr std::int64_t kManyFed = 1056;     // tiles with feedback that an H200 works on at a time
+constexpr std::int64_t kFewFed = 384;       // with up to so many, append_step.cuh's schedule
+constexpr int kFewestFed = 48;              // with up to so many, two blocks a tile of it
 constexpr std::int32_t kMostHeads = 65535;  // of a grid's second dimension
 
 // Shared memory that a block may have on the current device.
@@ -28,12 +31,34 @@ int most_shared_bytes() {
   return bytes;
 }
 
+// Feedback of few tiles. False where the device has too little shared memory.
+template <typename T, int kHeadDim, int kKeyBits, int kValueBits>
+bool launch_step(const CudaAppendCall& call, int slots, cudaStream_t stream) {
+  constexpr auto kShared = static_cast<int>(sizeof(StepShared<T, kHeadDim>));
+  if (kShared > most_shared_bytes()) return false;
+  const auto kernel = append_step_kernel<T, kHeadDim, kKeyBits, kValueBits>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  const int heads = call.layout.kv_heads;
+  // One of a tile's two blocks may write the ring while the other still reads rows there: they must
+  // be different ones.
+  const bool apart = call.layout.ring_tokens() >= 64 && call.k.tokens <= kTileTokens;
+  const int log_parts = apart && slots * heads <= kFewestFed ? 1 : 0;
+  const dim3 grid((slots << log_parts) + (slots + kStepTiles - 1) / kStepTiles, heads);
+  kernel<<<grid, kStepThreads, kShared, stream>>>(call, slots, log_parts);
+  return true;
+}
+
 // False where the device has too little shared memory.
 template <typename T, int kHeadDim, int kKeyBits, int kValueBits, bool kFed>
 bool launch_warp(const CudaAppendCall& call, cudaStream_t stream) {
   constexpr auto kShared = static_cast<int>(sizeof(AppendSharedOf<T, kHeadDim, kFed>));
   const auto kernel = append_warp_kernel<T, kHeadDim, kKeyBits, kValueBits, kFed>;
+  const auto slots = static_cast<int>(tile_slots(call.k.tokens, call.batch.size));
+  const std::int64_t tiles = static_cast<std::int64_t>(slots) * call.layout.kv_heads;
   if constexpr (kFed) {
+    if (tiles <= kFewFed && launch_step<T, kHeadDim, kKeyBits, kValueBits>(call, slots, stream)) {
+      return true;
+    }
     if (kShared > most_shared_bytes()) return false;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   }
@@ -41,8 +66,6 @@ bool launch_warp(const CudaAppendCall& call, cudaStream_t stream) {
   static const cudaError_t hinted =
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
   (void)hinted;
-  const auto slots = static_cast<int>(tile_slots(call.k.tokens, call.batch.size));
-  const std::int64_t tiles = static_cast<std::int64_t>(slots) * call.layout.kv_heads;
   const std::int64_t waves = kFed ? (tiles + kManyFed - 1) / kManyFed : 2 * tiles / kManyBlocks;
   const auto rounds = static_cast<int>(std::clamp<std::int64_t>(waves, 1, kMostRounds));
   const int block_slots = rounds * kAppendTiles<kFed>;

@@ -22,6 +22,7 @@ struct TileTask {
   int head;
   int index;
   std::uint8_t* out;
+  int exact_slot = 0;  // of the sequence, where load_rows takes one block of tokens
 };
 
 // What the two warps of a K tile exchange. Pair p = 8 line + g: channels c = g % 4 + 8 (g / 4) + 16
@@ -69,19 +70,24 @@ __device__ inline std::uint32_t accepted_pair(std::uint32_t pair) {
 }
 
 // This lane's pieces of the rows of two tokens.
-template <Side kSide, typename T, int kHeadDim>
+template <Side kSide, typename T, int kHeadDim, int kBlocks>
 __device__ inline void load_rows(const CudaAppendCall& call, const TileTask& task, TileLane place,
-                                 uint4 (&raw)[2][kHeadDim / 32]) {
+                                 uint4 (&raw)[kBlocks][kHeadDim / 32]) {
   const ConstRows& rows = kSide == Side::kKey ? call.k : call.v;
   const int first = task.index * kTileTokens;
   const int row = task.span.first_row + first - task.span.cached;
   const T* base = static_cast<const T*>(rows.data) + task.head * rows.head_stride;
 #pragma unroll
-  for (int t = 0; t < 2; ++t) {
+  for (int t = 0; t < kBlocks; ++t) {
     const int token = place.loaded_token(t);
     const void* from = base + (row + token) * rows.token_stride;
     if (first < task.span.cached) {
-      from = token_row(call, task.span, kSide, task.head, first + token).data;
+      if (kBlocks == 2 || first + token >= task.span.cached) {
+        from = token_row(call, task.span, kSide, task.head, first + token).data;
+      } else {  // the slot is known: one trip to memory less
+        from = exact_address(call.layout, call.cache, task.span.b, task.exact_slot, kSide,
+                             task.head, ring_row(call.layout, first + token));
+      }
     }
     const auto* pieces = static_cast<const uint4*>(from) + place.q();
 #pragma unroll
@@ -89,8 +95,8 @@ __device__ inline void load_rows(const CudaAppendCall& call, const TileTask& tas
   }
   std::uint32_t largest = 0;
 #pragma unroll
-  for (int i = 0; i < kHeadDim / 16; ++i) {
-    const uint4& w = raw[i % 2][i / 2];
+  for (int i = 0; i < kBlocks * kHeadDim / 32; ++i) {
+    const uint4& w = raw[i % kBlocks][i / kBlocks];
     largest = max_magnitude<T>(largest, w.x);
     largest = max_magnitude<T>(largest, w.y);
     largest = max_magnitude<T>(largest, w.z);
@@ -98,7 +104,7 @@ __device__ inline void load_rows(const CudaAppendCall& call, const TileTask& tas
   }
   if (max(largest & 0xffffu, largest >> 16) <= kLimitBits<T>) return;
 #pragma unroll
-  for (int t = 0; t < 2; ++t) {
+  for (int t = 0; t < kBlocks; ++t) {
     const int token = place.loaded_token(t);
     if (first + token < task.span.cached) continue;  // the ring has been through here before
     std::uint32_t changed = 0;

@@ -101,7 +101,8 @@ __device__ inline void append_slots(const CudaAppendCall& call, int slot, int st
   const auto prepare = [&] {
     const bool balanced = kKey && call.cache.balance != nullptr;
     make_factors<T, kHeadDim, kKey ? kBalanceSplits<T> : 1>(
-        balanced ? call.cache.balance + head * kHeadDim : nullptr, shared.factors);
+        balanced ? call.cache.balance + head * kHeadDim : nullptr, shared.factors,
+        static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
     if constexpr (kFed && kKey) {
       load_weights<kHeadDim>(head_feedback(call.layout, call.cache, head), shared.weights);
     }

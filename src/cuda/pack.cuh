@@ -19,8 +19,9 @@ inline constexpr int kTileThreads = 2 * kWarp;
 // Place of a lane in its tile.
 struct TileLane {
   int lane;
-  int warp;  // of the tile
-  int tile;  // of the block
+  int warp;       // of the tile
+  int tile;       // of the block
+  int block = 0;  // of eight tokens, the first of this warp
 
   [[nodiscard]] __device__ int thread() const { return kWarp * warp + lane; }
   // A barrier of the tile's two warps; the whole block's is number 0.
@@ -34,7 +35,7 @@ struct TileLane {
   // The token whose row this lane loads for block t of eight: column g of it, which becomes token
   // b = 2 t + g % 2 of the lanes q = g / 2.
   [[nodiscard]] __device__ int loaded_token(int t) const {
-    return 4 * warp + g() / 2 + 8 * (2 * t + g() % 2);
+    return 4 * warp + g() / 2 + 8 * (2 * (t + block) + g() % 2);
   }
 };
 

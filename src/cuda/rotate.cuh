@@ -52,11 +52,12 @@ __device__ inline float from_16(__half x) { return __half2float(x); }
 __device__ inline std::uint32_t bits_16(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
 __device__ inline std::uint32_t bits_16(__half x) { return __half_as_ushort(x); }
 
-// Factors of two channels a word: [split][channel / 2], by the threads of a block.
+// Factors of two channels a word: [split][channel / 2], by `threads` threads, this one the
+// `rank`-th.
 template <typename T, int kHeadDim, int kSplits>
-__device__ inline void make_factors(const float* balance, std::uint32_t* factors) {
-  for (int pair = static_cast<int>(threadIdx.x); pair < kHeadDim / 2;
-       pair += static_cast<int>(blockDim.x)) {
+__device__ inline void make_factors(const float* balance, std::uint32_t* factors, int rank,
+                                    int threads) {
+  for (int pair = rank; pair < kHeadDim / 2; pair += threads) {
     float rest[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -113,9 +114,10 @@ __device__ inline void hadamard_signs(int lane, std::uint32_t (&signs)[2][2]) {
   }
 }
 
-// The rotated values of a lane, [x + 2 r][b / 2][2 m + b % 2].
-template <int kHeadDim>
-using Rotated = float[kHeadDim / 16][2][4];
+// The rotated values of a lane, [x + 2 r][b / 2][2 m + b % 2]; of one of the two blocks of eight
+// tokens where another warp has the other one.
+template <int kHeadDim, int kBlocks = 2>
+using Rotated = float[kHeadDim / 16][kBlocks][4];
 
 // One value of it.
 template <int kHeadDim>
@@ -129,16 +131,17 @@ __device__ inline const float& at(const Rotated<kHeadDim>& y, int x, int m, int 
 
 // y before the multiplication with the norm. raw[t][r]: pieces of the row of column g of block t;
 // factors: make_factors' words.
-template <bool kPairs, typename T, int kHeadDim, int kSplits>
-__device__ inline void rotate_rows(const uint4 (&raw)[2][kHeadDim / 32],
-                                   const std::uint32_t* factors, int lane, Rotated<kHeadDim>& y) {
+template <bool kPairs, typename T, int kHeadDim, int kSplits, int kBlocks>
+__device__ inline void rotate_rows(const uint4 (&raw)[kBlocks][kHeadDim / 32],
+                                   const std::uint32_t* factors, int lane,
+                                   Rotated<kHeadDim, kBlocks>& y) {
   constexpr int kGroups = kHeadDim / 16;
   std::uint32_t signs[2][2];
   hadamard_signs<kPairs>(lane, signs);
 #pragma unroll
   for (int r = 0; r < kHeadDim / 32; ++r) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) y[2 * r + i / 8][i / 4 % 2][i % 4] = 0.0f;
+    for (int i = 0; i < 8 * kBlocks; ++i) (&y[2 * r][0][0])[i] = 0.0f;
 #pragma unroll
     for (int split = kSplits - 1; split >= 0; --split) {  // the small parts first
       const uint4 factor =
@@ -148,7 +151,7 @@ __device__ inline void rotate_rows(const uint4 (&raw)[2][kHeadDim / 32],
         const std::uint32_t first = x == 0 ? factor.x : factor.z;
         const std::uint32_t second = x == 0 ? factor.y : factor.w;
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
+        for (int t = 0; t < kBlocks; ++t) {
           const uint4& w = raw[t][r];
           multiply_add<T>(y[x + 2 * r][t], first ^ signs[0][0], first ^ signs[1][0],
                           second ^ signs[0][1], second ^ signs[1][1], x == 0 ? w.x : w.z,
@@ -163,7 +166,7 @@ __device__ inline void rotate_rows(const uint4 (&raw)[2][kHeadDim / 32],
     for (int group = 0; group < kGroups; ++group) {
       if ((group & distance) != 0) continue;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 4 * kBlocks; ++i) {
         float& a = y[group][i / 4][i % 4];
         float& b = y[group + distance][i / 4][i % 4];
         const float sum = a + b;

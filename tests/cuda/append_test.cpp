@@ -207,6 +207,24 @@ TEST_F(CudaAppend, EqualReferenceToTheLastBitOnWholeNumbers) {
   }
 }
 
+// Few tiles have a schedule of their own (append_step.cuh); here are more.
+TEST_F(CudaAppend, ManyTilesWithFeedback) {
+  const std::vector<int> counts(200, 33);
+  for (const Format format : kFormats) {
+    for (const int head_dim : {64, 128, 256}) {
+      CacheSetup setup =
+          make_setup(format, head_dim, counts, head_dim == 128 ? DType::kBF16 : DType::kF16);
+      setup.feedback = true;
+      SCOPED_TRACE(describe(setup));
+      CacheFixture expected(setup);
+      CacheFixture actual(expected);
+      expected.grow(counts);
+      EXPECT_EQ(append_cuda(actual, actual.next(counts)), 0u);
+      expect_same(actual, expected, false);
+    }
+  }
+}
+
 // A prompt, then single tokens, then chunks: the ring's rows are read again when tiles complete.
 TEST_F(CudaAppend, PiecesEqualTheWhole) {
   for (const int head_dim : {64, 96, 128, 256}) {
