@@ -91,6 +91,13 @@ TEST_F(CudaAttend, LongAndRagged) {
   check_attend(shape);
 }
 
+// More sequences than the plan has records: two share one, and blocks share items of either.
+TEST_F(CudaAttend, MoreSequencesThanRecords) {
+  std::vector<int> history;
+  for (int b = 0; b < 300; ++b) history.push_back(b % 50 == 7 ? 1800 : b * 37 % 140);
+  check_attend(decode_shape(kK2V2, 64, 2, history));
+}
+
 TEST_F(CudaAttend, PageSizes) {
   for (const int page_tokens : {32, 64, 96, 160, 256}) {
     AttendShape shape = decode_shape(kK2V2, 128, 4, {1500, 640, 161});

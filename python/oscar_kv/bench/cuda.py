@@ -209,7 +209,7 @@ def _flashinfer_kernels(problem: Problem) -> Iterator[Kernel]:
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     wrapper.plan(
         _starts(counts),
-        torch.arange(pages, dtype=torch.int32, device="cuda"),
+        torch.randperm(pages, dtype=torch.int32, device="cuda"),
         torch.tensor([length % page + 1 for length in case.lengths], dtype=torch.int32),
         case.q_heads,
         case.kv_heads,
