@@ -2,13 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The kernel behind attend_decode: items that several blocks have units of. Its blocks start while
-// those of attend_decode are at work, find their item and go through all their code once, on
-// whatever is in memory: then it is in the caches when the results are.
+// those of attend_decode are at work, find their item and wait for the end.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/attend_fetch.cuh"
 #include "cuda/combine.cuh"
 #include "cuda/plan_line.cuh"
 
@@ -79,21 +77,17 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   LineScan scan = plan_line(call, plan, table, warps);
   const DecodeLine line = decode_line(plan, scan.units, scan.items, scan.level);
   const ItemEnd end = split_item(call, plan, table, scan, line, block, lane);
+  const int to = end.item < 0 ? 0 : line.owner(end.first_unit + end.units - 1);
+  wait_for_kernel_before();  // every block: whoever follows this kernel follows attend_decode, too
   if (end.item < 0) return;
-  const int to = line.owner(end.first_unit + end.units - 1);
-  // The first time for the code alone, without output.
 #pragma unroll 1
-  for (int pass = kArch < 900 ? 1 : 0; pass < 2; pass = kept(pass) + 1) {
-    if (pass == 1) wait_for_kernel_before();
+  for (int column = fresh_warp(); column < plan.slot_columns; column += warps) {
+    RowSums<S> row{kNothing, 0.0f, {}};
 #pragma unroll 1
-    for (int column = fresh_warp(); column < plan.slot_columns; column += warps) {
-      RowSums<S> row{kNothing, 0.0f, {}};
-#pragma unroll 1
-      for (int b = block; b <= to; b += 32) {
-        add_merged(call, plan, plan.merged + b + end.item, min(to + 1 - b, 32), column, lane, row);
-      }
-      store_row(call, plan, end, column, lane, row, pass == 1);
+    for (int b = block; b <= to; b += 32) {
+      add_merged(call, plan, plan.merged + b + end.item, min(to + 1 - b, 32), column, lane, row);
     }
+    store_row(call, plan, end, column, lane, row);
   }
 }
 

@@ -222,11 +222,10 @@ __device__ inline void store_element(float x, DType type, std::byte* row, int ch
   }
 }
 
-// The output of one query token and head; not written unless `real`.
+// The output of one query token and head.
 template <class S>
 __device__ inline void store_row(const CudaAttendCall& call, const DecodePlan& plan,
-                                 const ItemEnd& end, int column, int lane, RowSums<S>& row,
-                                 bool real = true) {
+                                 const ItemEnd& end, int column, int lane, RowSums<S>& row) {
   const int dim = S::head_dim(call);
   const DecodeColumn at = column_of(plan, end.kv_head, end.queries, end.first_column, column);
   const int token = end.first_row + at.query;
@@ -240,7 +239,6 @@ __device__ inline void store_row(const CudaAttendCall& call, const DecodePlan& p
   hadamard_row<S>(dim, lane, row.x);
   flip_row<S>(dim, lane, row.x);
   const float inverse = row.sum > 0.0f ? 1.0f / row.sum : 0.0f;
-  if (!real) return;
   std::byte* to =
       static_cast<std::byte*>(call.out.data) +
       bytes_of(call.out.dtype) * (token * call.out.token_stride + q_head * call.out.head_stride);
