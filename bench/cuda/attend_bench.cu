@@ -9,7 +9,8 @@
 // Every call is a replay of a captured graph and finds neither its data nor its own code in a
 // cache, as between the other kernels of a model: a kernel of long code runs and a buffer four
 // times the L2's size is written before it. One line a shape: median us, bytes, GB/s, the time over
-// that of reading the bytes, and the time with all of it in the caches.
+// that of reading the bytes, the time with all of it in the caches, and that of the plan, which is
+// made once a step and not part of the others.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -97,12 +98,14 @@ struct Case {
         seq_len(std::vector<std::int32_t>(static_cast<std::size_t>(given.batch), given.tokens)),
         query_start(starts()),
         workspace(oscar::cuda::attend_workspace_bytes(layout, given.batch, query_tokens, q_heads(),
-                                                      given.queries)) {
+                                                      given.queries)),
+        plan_memory(oscar::cuda::attend_plan_bytes()) {
     fill_tiles<<<1056, 512>>>(pages.as<std::uint8_t>(),
                               num_pages * layout.kv_heads * layout.tiles_per_page(), layout.tile());
     fill_rows<<<1056, 512>>>(exact.as<__nv_bfloat16>(),
                              static_cast<std::int64_t>(exact.size() / 2));
     fill_rows<<<1056, 512>>>(rows.as<__nv_bfloat16>(), static_cast<std::int64_t>(rows.size() / 2));
+    make_plan(nullptr);
     check(cudaDeviceSynchronize());
   }
 
@@ -120,15 +123,30 @@ struct Case {
     return start;
   }
 
+  [[nodiscard]] oscar::CacheView cache() const {
+    return {.pages = pages.as<std::uint8_t>(),
+            .num_pages = num_pages,
+            .block_table = block_table.as<std::int32_t>(),
+            .max_pages = max_pages,
+            .exact = exact.as<void>(),
+            .slots = shape.batch,
+            .slot = slot.as<std::int32_t>(),
+            .seq_len = seq_len.as<std::int32_t>()};
+  }
+  [[nodiscard]] oscar::Batch batch() const { return {shape.batch, query_start.as<std::int32_t>()}; }
+  static void check_status(const oscar::Status& status) {
+    if (status.ok()) return;
+    std::fprintf(stderr, "%s\n", status.message().c_str());
+    std::exit(1);
+  }
+
+  // Once a step, for all layers.
+  void make_plan(cudaStream_t stream) {
+    check_status(oscar::cuda::plan_attend(layout, cache(), batch(), query_tokens, q_heads(), {},
+                                          plan_memory.as<void>(), plan_memory.size(), shape.queries,
+                                          stream, plan));
+  }
   void attend(cudaStream_t stream) const {
-    const oscar::CacheView cache{.pages = pages.as<std::uint8_t>(),
-                                 .num_pages = num_pages,
-                                 .block_table = block_table.as<std::int32_t>(),
-                                 .max_pages = max_pages,
-                                 .exact = exact.as<void>(),
-                                 .slots = shape.batch,
-                                 .slot = slot.as<std::int32_t>(),
-                                 .seq_len = seq_len.as<std::int32_t>()};
     const std::int64_t dim = shape.head_dim;
     const auto view = [&](std::int64_t first_row, int heads) {
       return oscar::ConstRows{rows.as<std::uint16_t>() + first_row * dim,
@@ -142,13 +160,10 @@ struct Case {
     const oscar::ConstRows k = view(query_tokens * q_heads(), layout.kv_heads);
     const oscar::ConstRows v = view(query_tokens * (q_heads() + layout.kv_heads), layout.kv_heads);
     const oscar::AttendOptions options{.scale = 0.0883883f};
-    const oscar::Status status = oscar::cuda::attend(
-        layout, cache, {shape.batch, query_start.as<std::int32_t>()}, q, k, v, options,
+    check_status(oscar::cuda::attend(
+        layout, cache(), batch(), q, k, v, options,
         {out.as<void>(), DType::kBF16, query_tokens, q_heads(), q_heads() * dim, dim}, nullptr,
-        workspace.as<void>(), workspace.size(), shape.queries, stream);
-    if (status.ok()) return;
-    std::fprintf(stderr, "%s\n", status.message().c_str());
-    std::exit(1);
+        workspace.as<void>(), workspace.size(), shape.queries, stream, &plan));
   }
   // What a step must read: packed tiles and exact tokens.
   [[nodiscard]] std::int64_t bytes() const {
@@ -163,11 +178,12 @@ struct Case {
   std::int32_t max_pages;
   std::int64_t num_pages;
   std::int64_t query_tokens;
-  Buffer pages, exact, rows, out, block_table, slot, seq_len, query_start, workspace;
+  Buffer pages, exact, rows, out, block_table, slot, seq_len, query_start, workspace, plan_memory;
+  oscar::cuda::AttendPlan plan;
 };
 
 void measure(const Shape& shape, const Buffer& flush) {
-  const Case data(shape);
+  Case data(shape);
   const std::int64_t bytes = data.bytes();
   const Buffer sink(sizeof(uint4)), copy(static_cast<std::size_t>(bytes));
   const std::int64_t count =
@@ -189,13 +205,15 @@ void measure(const Shape& shape, const Buffer& flush) {
   });
   const auto attend = [&](cudaStream_t stream) { data.attend(stream); };
   const double time = median_us(flush, attend);
+  const double planned = median_us(flush, [&](cudaStream_t stream) { data.make_plan(stream); });
   const double warm = median_us(flush, attend, false);
   std::printf(
       "%3d x %6d  D %3d  group %2d  queries %d  %s  %8.1f us  %8.1f MB  %6.0f GB/s  read %8.1f us  "
-      "(%4.1f %% of the bound)  copy %8.1f us  warm L2 %8.1f us\n",
+      "(%4.1f %% of the bound)  copy %8.1f us  warm L2 %8.1f us  "
+      "plan %5.1f us\n",
       shape.batch, shape.tokens, shape.head_dim, shape.group, shape.queries,
       oscar::name_of(shape.format), time, static_cast<double>(bytes) * 1e-6,
-      static_cast<double>(bytes) / time * 1e-3, read, 100.0 * read / time, copied, warm);
+      static_cast<double>(bytes) / time * 1e-3, read, 100.0 * read / time, copied, warm, planned);
   std::fflush(stdout);
 }
 

@@ -57,12 +57,42 @@ std::size_t attend_workspace_bytes(const Layout& layout, std::int32_t batch_size
                                    std::int64_t query_tokens, std::int32_t q_heads,
                                    std::int32_t max_query_len) noexcept;
 
+// How a decode step is cut into work for the warps of `attend`. It follows from shapes, seq_len,
+// query_start, slot and exact_from, not from what a layer holds: all layers of a step may share one
+// (FlashAttention's scheduler metadata, FlashInfer's plan), and each then starts to read about 2 us
+// earlier. Without one every call finds out by itself.
+struct AttendPlan {
+  void* memory = nullptr;  // as given to plan_attend
+  // For what it was made; `attend` refuses it for anything else.
+  Layout layout;
+  std::int32_t batch_size = 0;
+  std::int64_t query_tokens = 0;
+  std::int32_t q_heads = 0;
+  std::int32_t max_query_len = 0;
+  std::int32_t sliding_window = 0;
+  bool strict = false;
+  std::int64_t max_pages = 0;
+};
+
+// Bytes of device memory that any plan needs on the current device.
+std::size_t attend_plan_bytes() noexcept;
+
+// Launches the kernel that writes a plan to `memory` (device, 256-byte aligned) and describes it in
+// `plan`. It reads seq_len, query_start, slot and exact_from when it runs: launch it after their
+// last change and before the step's first `attend`; captured with them in a CUDA graph it is right
+// for every replay. Of options only sliding_window and strict matter.
+Status plan_attend(const Layout& layout, const CacheView& cache, const Batch& batch,
+                   std::int64_t query_tokens, std::int32_t q_heads, const AttendOptions& options,
+                   void* memory, std::size_t memory_bytes, std::int32_t max_query_len, void* stream,
+                   AttendPlan& plan) noexcept;
+
 // max_query_len: no sequence has more query tokens than this in this call (0: the number of
 // tokens). Up to 8 means one decode launch; above, sequences of more than 8 tokens go through the
-// extend kernels. workspace: 256-byte aligned; its contents need no initialisation.
+// extend kernels. workspace: 256-byte aligned; its contents need no initialisation. plan: of
+// plan_attend for this step, or null.
 Status attend(const Layout& layout, const CacheView& cache, const Batch& batch, const ConstRows& q,
               const ConstRows& k_new, const ConstRows& v_new, const AttendOptions& options,
               const MutableRows& out, float* lse, void* workspace, std::size_t workspace_bytes,
-              std::int32_t max_query_len, void* stream) noexcept;
+              std::int32_t max_query_len, void* stream, const AttendPlan* plan = nullptr) noexcept;
 
 }  // namespace oscar::cuda

@@ -4,7 +4,6 @@
 
 #ifdef OSCAR_WITH_CUDA
 #include "cuda/read_bound.hpp"
-#include "oscar/cuda.hpp"
 #endif
 
 namespace oscar::python {
@@ -32,14 +31,24 @@ std::size_t attend_workspace_bytes_on(Device device, const Layout& layout, std::
 Status attend_on(const CacheArguments& cache, const Batch& batch, const ConstRows& q,
                  const ConstRows& k_new, const ConstRows& v_new, const AttendOptions& options,
                  const MutableRows& out, float* lse, const MutableArray& workspace,
-                 const Launch& launch) {
+                 const Launch& launch, const cuda::AttendPlan* plan) {
   if (cache.device.is_cpu()) {
     return attend(cache.layout, cache.view, batch, q, k_new, v_new, options, out, lse,
                   workspace.data(), workspace.nbytes());
   }
   return cuda::attend(cache.layout, cache.view, batch, q, k_new, v_new, options, out, lse,
                       workspace.data(), workspace.nbytes(), launch.max_query_len,
-                      reinterpret_cast<void*>(launch.stream));
+                      reinterpret_cast<void*>(launch.stream), plan);
+}
+
+std::size_t attend_plan_bytes_on_device() { return cuda::attend_plan_bytes(); }
+
+Status plan_attend_on(const CacheArguments& cache, const Batch& batch, std::int64_t query_tokens,
+                      std::int32_t q_heads, const AttendOptions& options,
+                      const MutableArray& memory, const Launch& launch, cuda::AttendPlan& plan) {
+  return cuda::plan_attend(cache.layout, cache.view, batch, query_tokens, q_heads, options,
+                           memory.data(), memory.nbytes(), launch.max_query_len,
+                           reinterpret_cast<void*>(launch.stream), plan);
 }
 
 void cuda_read_bytes(const Array& array, const MutableArray& total, std::uintptr_t stream) {
@@ -79,10 +88,18 @@ std::size_t attend_workspace_bytes_on(Device, const Layout& layout, std::int32_t
 
 Status attend_on(const CacheArguments& cache, const Batch& batch, const ConstRows& q,
                  const ConstRows& k_new, const ConstRows& v_new, const AttendOptions& options,
-                 const MutableRows& out, float* lse, const MutableArray& workspace, const Launch&) {
+                 const MutableRows& out, float* lse, const MutableArray& workspace, const Launch&,
+                 const cuda::AttendPlan*) {
   if (!cache.device.is_cpu()) return no_kernels();
   return attend(cache.layout, cache.view, batch, q, k_new, v_new, options, out, lse,
                 workspace.data(), workspace.nbytes());
+}
+
+std::size_t attend_plan_bytes_on_device() { return 0; }
+
+Status plan_attend_on(const CacheArguments&, const Batch&, std::int64_t, std::int32_t,
+                      const AttendOptions&, const MutableArray&, const Launch&, cuda::AttendPlan&) {
+  return no_kernels();
 }
 
 void cuda_read_bytes(const Array&, const MutableArray&, std::uintptr_t) { raise(no_kernels()); }

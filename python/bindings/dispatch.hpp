@@ -11,6 +11,7 @@
 #include "arrays.hpp"
 #include "oscar/append.hpp"
 #include "oscar/attend.hpp"
+#include "oscar/cuda.hpp"
 
 namespace oscar::python {
 
@@ -34,7 +35,13 @@ std::size_t attend_workspace_bytes_on(Device device, const Layout& layout, std::
 Status attend_on(const CacheArguments& cache, const Batch& batch, const ConstRows& q,
                  const ConstRows& k_new, const ConstRows& v_new, const AttendOptions& options,
                  const MutableRows& out, float* lse, const MutableArray& workspace,
-                 const Launch& launch);
+                 const Launch& launch, const cuda::AttendPlan* plan);
+
+// A plan in `memory`, on a CUDA device.
+std::size_t attend_plan_bytes_on_device();
+Status plan_attend_on(const CacheArguments& cache, const Batch& batch, std::int64_t query_tokens,
+                      std::int32_t q_heads, const AttendOptions& options,
+                      const MutableArray& memory, const Launch& launch, cuda::AttendPlan& plan);
 
 // Adds the words of an array on a CUDA device to total int64 [1] there.
 void cuda_read_bytes(const Array& array, const MutableArray& total, std::uintptr_t stream);

@@ -53,9 +53,15 @@ struct AttendArrays {
   MutableArray workspace;
 };
 
+// Keeps the memory that it describes.
+struct Plan {
+  MutableArray memory;
+  cuda::AttendPlan plan;
+};
+
 void attend_rows(const CacheArrays& arrays, const AttendArrays& call, const std::string& format,
                  std::int32_t window, std::int32_t sinks, AttendOptions options,
-                 const Launch& launch) {
+                 const Launch& launch, const Plan* plan) {
   const CacheArguments cache = cache_arguments(arrays, format, window, sinks);
   const Device device = cache.device;
   const std::int32_t head_dim = cache.layout.head_dim;
@@ -70,12 +76,29 @@ void attend_rows(const CacheArrays& arrays, const AttendArrays& call, const std:
   float* lse = nullptr;
   if (call.lse) lse = const_cast<float*>(f32("lse", *call.lse, device, {q.tokens, q.heads}));
   require_device("workspace", call.workspace, device);
+  if (plan != nullptr) require_device("plan", plan->memory, device);
   Status status;
   {
     nb::gil_scoped_release release;
-    status = attend_on(cache, batch, q, k_new, v_new, options, out, lse, call.workspace, launch);
+    status = attend_on(cache, batch, q, k_new, v_new, options, out, lse, call.workspace, launch,
+                       plan == nullptr ? nullptr : &plan->plan);
   }
   check(status);
+}
+
+Plan plan_rows(const CacheArrays& arrays, const Array& query_start, MutableArray memory,
+               std::int64_t query_tokens, std::int32_t q_heads, const std::string& format,
+               std::int32_t window, std::int32_t sinks, const AttendOptions& options,
+               const Launch& launch) {
+  const CacheArguments cache = cache_arguments(arrays, format, window, sinks);
+  if (cache.device.is_cpu())
+    throw nb::type_error("pages is on the CPU, plans are for CUDA devices");
+  const Batch batch{cache.batch, i32("query_start", query_start, cache.device, {cache.batch + 1})};
+  require_device("memory", memory, cache.device);
+  Plan made{std::move(memory), {}};
+  check(
+      plan_attend_on(cache, batch, query_tokens, q_heads, options, made.memory, launch, made.plan));
+  return made;
 }
 
 std::size_t workspace_bytes(const CacheArrays& arrays, std::int64_t query_tokens,
@@ -156,16 +179,31 @@ NB_MODULE(_core, m) {
          MutableArray out, OptionalArray lse, MutableArray workspace, const std::string& format,
          std::int32_t window, std::int32_t sinks, float scale, float softcap,
          std::int32_t sliding_window, OptionalArray sink_logits, bool strict, std::uintptr_t stream,
-         std::int32_t max_query_len) {
+         std::int32_t max_query_len, const Plan* plan) {
         attend_rows(cache,
                     {std::move(q), std::move(k_new), std::move(v_new), std::move(query_start),
                      std::move(sink_logits), std::move(out), std::move(lse), std::move(workspace)},
                     format, window, sinks, {scale, softcap, sliding_window, nullptr, strict},
-                    {stream, 0, max_query_len});
+                    {stream, 0, max_query_len}, plan);
       },
       "cache"_a, "q"_a, "k_new"_a, "v_new"_a, "query_start"_a, "out"_a, "lse"_a.none(),
       "workspace"_a, "format"_a, "window"_a, "sinks"_a, "scale"_a, "softcap"_a, "sliding_window"_a,
-      "sink_logits"_a.none(), "strict"_a, "stream"_a = 0, "max_query_len"_a = 0);
+      "sink_logits"_a.none(), "strict"_a, "stream"_a = 0, "max_query_len"_a = 0,
+      "plan"_a.none() = nb::none());
+  nb::class_<Plan>(m, "AttendPlan", "How a decode step is cut into work (include/oscar/cuda.hpp).");
+  m.def("attend_plan_bytes", &attend_plan_bytes_on_device);
+  m.def(
+      "plan_attend",
+      [](const CacheArrays& cache, const Array& query_start, MutableArray memory,
+         std::int64_t query_tokens, std::int32_t q_heads, const std::string& format,
+         std::int32_t window, std::int32_t sinks, std::int32_t sliding_window, bool strict,
+         std::uintptr_t stream, std::int32_t max_query_len) {
+        return plan_rows(cache, query_start, std::move(memory), query_tokens, q_heads, format,
+                         window, sinks, {1.0f, 0.0f, sliding_window, nullptr, strict},
+                         {stream, 0, max_query_len});
+      },
+      "cache"_a, "query_start"_a, "memory"_a, "query_tokens"_a, "q_heads"_a, "format"_a, "window"_a,
+      "sinks"_a, "sliding_window"_a, "strict"_a, "stream"_a = 0, "max_query_len"_a = 0);
   m.def("dequantize", &dequantize_rows, "cache"_a, "k_out"_a, "v_out"_a, "format"_a, "window"_a,
         "sinks"_a);
 

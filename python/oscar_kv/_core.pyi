@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from torch import Tensor
 
+class AttendPlan: ...
+
 class CacheArrays:
     def __init__(
         self,
@@ -49,7 +51,23 @@ def attend(
     strict: bool,
     stream: int = 0,
     max_query_len: int = 0,
+    plan: AttendPlan | None = None,
 ) -> None: ...
+def attend_plan_bytes() -> int: ...
+def plan_attend(
+    cache: CacheArrays,
+    query_start: Tensor,
+    memory: Tensor,
+    query_tokens: int,
+    q_heads: int,
+    format: str,
+    window: int,
+    sinks: int,
+    sliding_window: int,
+    strict: bool,
+    stream: int = 0,
+    max_query_len: int = 0,
+) -> AttendPlan: ...
 def dequantize(
     cache: CacheArrays, k_out: Tensor, v_out: Tensor, format: str, window: int, sinks: int
 ) -> None: ...

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import _core, ops
 from .device import FaultWord, usable_device
 from .feedback import checked_feedback
+from .plan import SharedPlans, StepPlans
 from .pool import PagePool
 
 TILE_TOKENS = 32
@@ -179,6 +180,7 @@ class PagedCache:
         sliding_window: int = 0,
         sink_logits: Tensor | None = None,
         strict: bool = False,
+        plans: SharedPlans | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of q ``[tokens, q_heads, head_dim]`` over the cache and k_new, v_new.
 
@@ -186,25 +188,22 @@ class PagedCache:
         dtype of q) and the natural log-sum-exp ``[tokens, q_heads]``. Changes nothing that can be
         read: call ``append`` with k_new, v_new afterwards. strict: every query reads what it would
         read if the tokens came one by one; the tiles that k_new, v_new complete are packed first.
+        plans: what the caches of a model's layers share on a CUDA device (plan.py).
         """
         if strict:
             self._append(k_new, v_new, query_start, "pack")
         start, counts = self._split(q, query_start)
+        layout = (self.format, self.window, self.sinks)
+        plan = None
+        if plans is not None and self.device.type == "cuda":
+            step = (tuple(self.lengths), tuple(self.exact_start), tuple(counts))
+            given = (self._arrays(), (*self._pool_shape, *self.block_table.shape), q, start, layout)
+            plan = StepPlans(plans, step, self).of(*given, sliding_window, strict, max(counts))
         return ops.attend_over(
-            self._arrays(),
-            q,
-            k_new,
-            v_new,
-            start,
-            self.format,
-            self.window,
-            self.sinks,
-            scale,
-            softcap,
-            sliding_window,
-            sink_logits,
-            strict,
+            *(self._arrays(), q, k_new, v_new, start),
+            *(*layout, scale, softcap, sliding_window, sink_logits, strict),
             max_query_len=max(counts),
+            plan=plan,
         )
 
     def crop(self, tokens: int) -> None:

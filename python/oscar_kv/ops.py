@@ -177,15 +177,47 @@ def attend_over(
     query_start: Tensor,
     *options: Any,
     max_query_len: int = 0,
+    plan: _core.AttendPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``attend`` on arrays that were handed over before.
 
     max_query_len: a bound of one sequence's query tokens; 0: not known.
     """
     out, lse = _attend_outputs(q)
-    rows = (q, k_new, v_new)
-    attend_into(out, lse, arrays, *rows, query_start, *options, max_query_len=max_query_len)
+    rows = (q, k_new, v_new, query_start)
+    attend_into(out, lse, arrays, *rows, *options, max_query_len=max_query_len, plan=plan)
     return out, lse
+
+
+def plan_attend(
+    arrays: _core.CacheArrays,
+    query_start: Tensor,
+    query_tokens: int,
+    q_heads: int,
+    format: str,
+    window: int,
+    sinks: int,
+    *,
+    sliding_window: int = 0,
+    strict: bool = False,
+    max_query_len: int = 0,
+) -> _core.AttendPlan:
+    """How a decode step on a CUDA device is cut into work, for the ``attend`` of all its layers.
+
+    It depends on shapes, ``seq_len``, ``query_start``, ``slot`` and ``exact_from``: one plan, made
+    after their last change, serves every layer that has the same, and each call starts to read 2 us
+    earlier. ``attend`` refuses one of other shapes. Launches one kernel; a CUDA graph that captures
+    it with the ``attend`` calls is right for every replay.
+    """
+    device = query_start.device
+    if device.type != "cuda":
+        raise TypeError(f"query_start is on {device}, plans are for CUDA devices")
+    with current_device(device):
+        memory = torch.empty(_core.attend_plan_bytes(), dtype=torch.uint8, device=device)
+        return _core.plan_attend(
+            *(arrays, query_start, memory, query_tokens, q_heads, format, window, sinks),
+            *(sliding_window, strict, _stream(device), max_query_len),
+        )
 
 
 def attend_into(
@@ -198,6 +230,7 @@ def attend_into(
     query_start: Tensor,
     *options: Any,
     max_query_len: int = 0,
+    plan: _core.AttendPlan | None = None,
 ) -> None:
     """``attend_over`` into the caller's output (any strides) and log-sum-exp or None."""
     rows = (_detached(q), _detached(k_new), _detached(v_new))
@@ -206,7 +239,7 @@ def attend_into(
     with current_device(q.device):
         size = arrays.attend_workspace_bytes(q.shape[0], q.shape[1], max_query_len)
         workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
-        launch: tuple[Any, ...] = (*options, _stream(q.device), max_query_len)
+        launch: tuple[Any, ...] = (*options, _stream(q.device), max_query_len, plan)
         _core.attend(arrays, *rows, query_start, out, lse, workspace, *launch)
 
 

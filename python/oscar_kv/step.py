@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _core, ops
 from .device import FaultWord
+from .plan import StepPlans
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,22 @@ def run_step(
     *,
     max_query_len: int,
     fault: FaultWord | None = None,
+    plans: StepPlans | None = None,
 ) -> None:
     """Attention of rows (q, k, v) into out ``[tokens, heads, head_dim]``, and the cache after it.
 
     writable: `arrays` with the pages that may be packed into; k, v in the dtype of the exact
-    memory: a token then reads alike in its own chunk and in the next.
+    memory: a token then reads alike in its own chunk and in the next. plans: what the layers of
+    this step share on a CUDA device.
     """
     q, k, v = rows
     layout = (settings.format, settings.window, settings.sinks)
     ops.append_to(writable, k, v, query_start, *layout, "pack", fault=fault)
     options = (settings.scale, settings.softcap, 0, None, True)
-    given = (arrays, q, k, v, query_start)
-    ops.attend_into(out, None, *given, *layout, *options, max_query_len=max_query_len)
+    plan = None
+    if plans is not None:
+        given = (arrays, k.shape[1:], q, query_start, layout)
+        plan = plans.of(*given, 0, True, max_query_len)
+    call = (arrays, q, k, v, query_start, *layout, *options)
+    ops.attend_into(out, None, *call, max_query_len=max_query_len, plan=plan)
     ops.append_to(arrays, k, v, query_start, *layout, "remember", fault=fault)

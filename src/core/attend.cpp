@@ -25,8 +25,8 @@ Status check(const AttendCall& call) {
     const std::int64_t tokens = call.cache.seq_len[b] + (call.options.strict ? added : 0);
     OSCAR_TRY(check_pages(call.layout, call.cache, b, added > 0 ? tokens / kTileTokens : 0));
   }
-  return check_workspace(
-      call.workspace.data(), call.workspace.size(),
+  return check_scratch(
+      "workspace", call.workspace.data(), call.workspace.size(),
       attend_workspace_bytes(call.layout, call.batch.size, call.q.tokens, call.q.heads), 64);
 }
 

@@ -194,15 +194,15 @@ Status check_attend_options(const AttendOptions& options) {
   return {};
 }
 
-Status check_workspace(const void* workspace, std::size_t bytes, std::size_t needed,
-                       std::size_t alignment) {
+Status check_scratch(const std::string& name, const void* memory, std::size_t bytes,
+                     std::size_t needed, std::size_t alignment) {
   if (bytes < needed) {
-    return invalid("workspace_bytes is " + std::to_string(bytes) + ", must be at least " +
+    return invalid(name + "_bytes is " + std::to_string(bytes) + ", must be at least " +
                    std::to_string(needed));
   }
-  if (needed > 0) OSCAR_TRY(check_present("workspace", workspace));
-  if (reinterpret_cast<std::uintptr_t>(workspace) % alignment != 0) {
-    return invalid("workspace is not aligned to " + std::to_string(alignment) + " bytes");
+  if (needed > 0) OSCAR_TRY(check_present(name.c_str(), memory));
+  if (reinterpret_cast<std::uintptr_t>(memory) % alignment != 0) {
+    return invalid(name + " is not aligned to " + std::to_string(alignment) + " bytes");
   }
   return {};
 }

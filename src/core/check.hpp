@@ -43,7 +43,8 @@ Status check_query_heads(std::int32_t q_heads, std::int32_t kv_heads);
 
 Status check_attend_options(const AttendOptions& options);
 
-Status check_workspace(const void* workspace, std::size_t bytes, std::size_t needed,
-                       std::size_t alignment);
+// Memory that the caller lends: arguments `name` and `name`_bytes.
+Status check_scratch(const std::string& name, const void* memory, std::size_t bytes,
+                     std::size_t needed, std::size_t alignment);
 
 }  // namespace oscar

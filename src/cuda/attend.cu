@@ -1,14 +1,17 @@
 // SPDX-FileCopyrightText: 2026 The oscar-kv authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// attend for sequences of up to 8 query tokens: its workspace, and which instance runs.
+// attend for sequences of up to 8 query tokens: its memory, and which instance runs.
 #include "cuda/attend_launch.cuh"
 
 namespace oscar::cuda {
 
-extern template void launch_decode_format<2, 2>(const CudaAttendCall& call, cudaStream_t stream);
-extern template void launch_decode_format<4, 2>(const CudaAttendCall& call, cudaStream_t stream);
-extern template void launch_decode_format<4, 4>(const CudaAttendCall& call, cudaStream_t stream);
+extern template void launch_decode_format<2, 2>(const CudaAttendCall& call, DecodeLaunch what,
+                                                cudaStream_t stream);
+extern template void launch_decode_format<4, 2>(const CudaAttendCall& call, DecodeLaunch what,
+                                                cudaStream_t stream);
+extern template void launch_decode_format<4, 4>(const CudaAttendCall& call, DecodeLaunch what,
+                                                cudaStream_t stream);
 
 std::size_t decode_workspace_bytes(const Layout& layout, std::int32_t batch_size,
                                    std::int64_t query_tokens, std::int32_t q_heads) {
@@ -26,10 +29,27 @@ std::size_t decode_workspace_bytes(const Layout& layout, std::int32_t batch_size
   return static_cast<std::size_t>(floats) * sizeof(float);
 }
 
+namespace {
+
+void launch_format(const CudaAttendCall& call, DecodeLaunch what, cudaStream_t stream) {
+  if (call.layout.format == kK2V2) return launch_decode_format<2, 2>(call, what, stream);
+  if (call.layout.format == kK4V2) return launch_decode_format<4, 2>(call, what, stream);
+  launch_decode_format<4, 4>(call, what, stream);
+}
+
+}  // namespace
+
 void launch_attend_decode(const CudaAttendCall& call, cudaStream_t stream) {
-  if (call.layout.format == kK2V2) return launch_decode_format<2, 2>(call, stream);
-  if (call.layout.format == kK4V2) return launch_decode_format<4, 2>(call, stream);
-  launch_decode_format<4, 4>(call, stream);
+  launch_format(call, DecodeLaunch::kAttend, stream);
+}
+
+void launch_attend_plan(const CudaAttendCall& call, cudaStream_t stream) {
+  launch_format(call, DecodeLaunch::kPlan, stream);
+}
+
+std::size_t decode_plan_bytes() {
+  const auto blocks = static_cast<std::size_t>(current_device().multiprocessors);
+  return blocks * (kMostDecodeWarps * kPlannedPartBytes + kPlannedItemBytes);
 }
 
 }  // namespace oscar::cuda

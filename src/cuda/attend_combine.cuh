@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "cuda/combine.cuh"
-#include "cuda/plan_line.cuh"
+#include "cuda/plan_part.cuh"
 
 namespace oscar::cuda {
 
@@ -47,25 +47,6 @@ __device__ inline void add_merged(const CudaAttendCall& call, const DecodePlan& 
   }
 }
 
-// The item whose first units block `b` has and whose last ones another: item -1 if there is none.
-__device__ inline ItemEnd split_item(const CudaAttendCall& call, const DecodePlan& plan,
-                                     const PlanTable& table, LineScan& scan, const DecodeLine& line,
-                                     int b, int lane) {
-  ItemEnd end{};
-  end.item = -1;
-  if (b >= line.blocks - 1) return end;
-  const int behind = line.block_start(b + 1);
-  const DecodePlace place = find_unit(call, plan, table, scan, behind - 1, lane);
-  const DecodeSequence& s = place.sequence;
-  const int units = s.item_units();
-  const int item = divide(behind - 1 - place.unit, units);
-  const int first = place.unit + item * units;
-  if (first < line.block_start(b) || first + units <= behind) return end;
-  const int kv_head = divide(item, s.blocks);
-  const int column = (item - kv_head * s.blocks) * plan.columns;
-  return {place.item + item, 0, 0, units, first, s.first_row, s.queries, kv_head, column};
-}
-
 template <class S>
 __global__ void __launch_bounds__(32 * kCombineWarps)
     combine_items(const __grid_constant__ CudaAttendCall call,
@@ -74,18 +55,22 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const int lane = fresh_lane().index;
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int block = static_cast<int>(blockIdx.x);
-  LineScan scan = plan_line(call, plan, table, warps);
-  const DecodeLine line = decode_line(plan, scan.units, scan.items, scan.level);
-  const ItemEnd end = split_item(call, plan, table, scan, line, block, lane);
-  const int to = end.item < 0 ? 0 : line.owner(end.first_unit + end.units - 1);
+  SplitItem split;
+  if (call.planned != nullptr) {
+    split = planned_items(call, plan)[block].split;
+  } else {
+    split = find_split_item(call, plan, table, find_line(call, plan, table, warps), block, lane);
+  }
   wait_for_kernel_before();  // every block: whoever follows this kernel follows attend_decode, too
+  const ItemEnd& end = split.end;
   if (end.item < 0) return;
 #pragma unroll 1
   for (int column = fresh_warp(); column < plan.slot_columns; column += warps) {
     RowSums<S> row{kNothing, 0.0f, {}};
 #pragma unroll 1
-    for (int b = block; b <= to; b += 32) {
-      add_merged(call, plan, plan.merged + b + end.item, min(to + 1 - b, 32), column, lane, row);
+    for (int b = block; b <= split.last_block; b += 32) {
+      add_merged(call, plan, plan.merged + b + end.item, min(split.last_block + 1 - b, 32), column,
+                 lane, row);
     }
     store_row(call, plan, end, column, lane, row);
   }

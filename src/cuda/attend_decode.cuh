@@ -16,7 +16,7 @@
 
 #include "cuda/attend_segment.cuh"
 #include "cuda/combine.cuh"
-#include "cuda/plan_line.cuh"
+#include "cuda/plan_part.cuh"
 
 namespace oscar::cuda {
 
@@ -110,66 +110,18 @@ __device__ inline void attend_segment(const CudaAttendCall& call, const DecodePl
   }
 }
 
-// The next segment of `sequence` at `unit`, to state.
-template <class S>
-__device__ inline void set_segment(const CudaAttendCall& call, const DecodePlan& plan,
-                                   const DecodePlace& place, int unit, int last,
-                                   WarpState<S>& state) {
-  const DecodeSequence& s = place.sequence;
-  const int per_item = s.item_units();
-  const int at = unit - place.unit;
-  const int item = divide(at, per_item);
-  const int begin = at - item * per_item;
-  const int units = min(last - unit, (begin < s.exact_units ? s.exact_units : per_item) - begin);
-  const int kv_head = s.blocks == 1 ? item : divide(item, s.blocks);
-  state.item = {s, kv_head, (item - kv_head * s.blocks) * plan.columns};
-  const bool goes_on = begin > 0 && state.item_index == place.item + item;
-  state.done = goes_on ? state.done + units : units;
-  state.slots = goes_on ? state.slots : 0;
-  state.item_index = place.item + item;
-  state.begin = begin;
-  state.units = units;
-  state.next = unit + units;
-  state.last = last;
-  state.first_unit = place.unit;
-  state.first_item = place.item;
-}
-
-// The units part.x .. part.y - 1 of the line.
+// The warp's part, from the segment in its state on.
 template <class S>
 __device__ inline void attend_part(const CudaAttendCall& call, const DecodePlan& plan,
-                                   const PlanTable& table, LineScan& scan, int2 part,
                                    WarpEnd* ends) {
-  int unit = part.x;
-  int last = part.y;
-  const int lane = fresh_lane().index;
-  if (lane == 0) {
-    WarpState<S>& state = warp_state<S>(warp_memory<S>());
-    state.level = scan.level;
-    state.item_index = -1;
+  if (fresh_lane().index == 0) {
     WarpEnd& end = ends[fresh_warp()];
     end.tail.item = end.head.item = -1;
   }
-  if (unit >= last) return;
-  __syncwarp();
-  DecodePlace place = find_unit(call, plan, table, scan, unit, lane);
-#pragma unroll 1
-  while (unit < last) {
-    WarpState<S>& next = warp_state<S>(warp_memory<S>());
-    if (unit >= place_end(call, place)) [[unlikely]] {
-      if (place.sequence.b + 1 >= call.batch.size) break;
-      place = next_place(call, plan, place, next.level);
-      continue;
-    }
-    if (fresh_lane().index == 0) set_segment(call, plan, place, unit, last, next);
-    __syncwarp();
+  if (warp_state<S>(warp_memory<S>()).units == 0) return;
+  do {
     attend_segment<S>(call, plan, ends);
-    const WarpState<S>& state = warp_state<S>(warp_memory<S>());
-    unit = state.next;
-    last = state.last;
-    place = {state.item.sequence, state.first_unit, state.first_item};
-    __syncwarp();
-  }
+  } while (next_segment(call, plan, fresh_lane().index, warp_state<S>(warp_memory<S>())));
   if (fresh_lane().index == 0) ends[fresh_warp()].tail = end_of(warp_state<S>(warp_memory<S>()));
 }
 
@@ -180,12 +132,17 @@ __global__ void __launch_bounds__(32 * S::warps(kArch), 1)
   constexpr int kWarps = S::warps(kArch);
   __shared__ PlanTable table;
   __shared__ WarpEnd ends[kWarps];
-  prefetch_tables(call);
-  LineScan scan = plan_line(call, plan, table, plan.block_warps);
-  const DecodeLine line = decode_line(plan, scan.units, scan.items, scan.level);
+  WarpSegment& first = warp_state<S>(warp_memory<S>());
+  const int block = static_cast<int>(blockIdx.x);
+  if (call.planned != nullptr) {
+    copy_part(planned_parts(call, plan, block)[fresh_warp()], fresh_lane().index, first);
+  } else {
+    prefetch_tables(call);
+    find_part(call, plan, table, find_line(call, plan, table, plan.block_warps), block,
+              fresh_warp(), fresh_lane().index, first);
+  }
   let_kernel_behind_start();
-  attend_part<S>(call, plan, table, scan,
-                 line.part(static_cast<int>(blockIdx.x), fresh_warp(), plan.block_warps), ends);
+  attend_part<S>(call, plan, ends);
   __syncthreads();
   end_block<S>(call, plan, ends);
 }

@@ -13,163 +13,122 @@ namespace oscar::cuda {
 
 template <class S, DType kType>
 struct ExactHalf {
-  __device__ static void mma(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
-                             std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-    if constexpr (kType == DType::kBF16) {
-      mma_bf16(c, a0, a1, a2, a3, b0, b1);
-    } else {
-      mma_f16(c, a0, a1, a2, a3, b0, b1, c);
-    }
-  }
-
-  __device__ static uint4 load(const CudaAttendCall& call, const std::byte* row, int channel) {
-    if (!S::kWhole && channel >= S::head_dim(call)) return uint4{};
-    return __ldcg(reinterpret_cast<const uint4*>(row + 2 * channel));
-  }
-
-  // V rows stand in shared memory behind the tile, their 16-byte chunks permuted (xor with twice
-  // the lane group that reads the row): they come while the scores are computed.
+  static constexpr int kSteps = S::kPad / 16;  // of 16 channels
   static constexpr int kRowBytes = 2 * S::kPad;
-  static constexpr int kStaged = S::kExactTileBytes;
-  static_assert(sizeof(ExactTile<S>) <= kStaged);
-  __device__ static int staged(int t, int chunk) {
-    return kStaged + t * kRowBytes + 16 * (chunk ^ 2 * (t / 2 % 4));
+
+  // The query as operand B: channels 16 s + 2 c, + 1, + 8 and + 9 of column g. `queries`: its rows.
+  std::uint32_t query[S::kBlocks][kSteps][2];
+
+  __device__ void load_query(const CudaAttendCall& call, const Lane& lane,
+                             const std::byte* const (&queries)[S::kBlocks]) {
+#pragma unroll
+    for (int n = 0; n < S::kBlocks; ++n) {
+      const auto* pairs = kept(reinterpret_cast<const std::uint32_t*>(queries[n]) + lane.c);
+#pragma unroll
+      for (int i = 0; i < 2 * kSteps; ++i) {
+        const bool exists = S::kWhole || 8 * i + 2 * lane.c < S::head_dim(call);
+        query[n][i / 2][i % 2] = exists ? pairs[4 * i] : 0u;
+      }
+    }
   }
-  __device__ static void fetch_values(const CudaAttendCall& call, const Lane& lane,
-                                      const ExactTokens& tokens, ExactTile<S>& tile) {
-    const std::uint32_t shared = shared_address(&tile);
-    const int chunks = S::head_dim(call) / 8;
+
+  // A slot: 16 rows of K, then 16 of V, chunks of 16 bytes permuted so that those of eight rows are
+  // in different banks.
+  static constexpr int kSlots = (sizeof(ExactTile<S>) + 127) / 128 * 128;
+  static constexpr int kSlotBytes = 2 * kExactTokens * kRowBytes;
+  static_assert(kSlots + S::kExactSlots * kSlotBytes <= S::kExactBytes);
+  __device__ static std::uint32_t slot_of(const ExactTile<S>& tile, int part) {
+    return shared_address(&tile) + kSlots +
+           static_cast<unsigned>(part) % S::kExactSlots * kSlotBytes;
+  }
+
+  // row: that of each lane (find_row); channels past head_dim are 0.
+  __device__ static void stage(const CudaAttendCall& call, const Lane& lane, int part,
+                               const std::byte* row, const ExactTile<S>& tile) {
+    constexpr int kChunks = S::kPad / 8;
+    const auto index = static_cast<unsigned>(lane.index);
+    const auto chunk = static_cast<int>(index % kChunks);
+    const bool exists = S::kWhole || 8 * chunk < S::head_dim(call);
+    const std::uint32_t to = slot_of(tile, part);
 #pragma unroll 2
-    for (int i = lane.index; i < kTileTokens * S::kPad / 8; i += 32) {
-      const int t = i / (S::kPad / 8);
-      const int chunk = i % (S::kPad / 8);
-      if (!S::kWhole && chunk >= chunks) continue;
-      cp_async_16(shared + staged(t, chunk), tokens.values[t] + 16 * chunk);
-    }
-    cp_async_commit();
-  }
-
-  // A register of operand A is two channels of a token: k index and channel may be paired at will.
-  // `meanwhile`: once, while the rows come.
-  template <typename Meanwhile>
-  __device__ static void score(const CudaAttendCall& call, const Lane& lane,
-                               const ExactTokens& tokens,
-                               const std::byte* const (&queries)[S::kBlocks],
-                               float (&scores)[S::kBlocks][2][4], const Meanwhile& meanwhile) {
-    constexpr int kSteps = S::kPad / 32;
-    constexpr int kTogether = kSteps < 4 ? kSteps : 4;  // loads under way
-#pragma unroll 1
-    for (int first = 0; first < kSteps; first += kTogether) {
-      uint4 keys[kTogether][4];
-#pragma unroll
-      for (int s = 0; s < kTogether; ++s) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          keys[s][i] = load(call, tokens.keys[lane.g + 8 * i], 32 * (first + s) + 8 * lane.c);
-        }
-      }
-      uint4 query[kTogether][S::kBlocks];
-#pragma unroll
-      for (int s = 0; s < kTogether; ++s) {
-#pragma unroll
-        for (int n = 0; n < S::kBlocks; ++n) {
-          query[s][n] = load(call, queries[n], 32 * (first + s) + 8 * lane.c);
-        }
-      }
-      if (first == 0) meanwhile();
-#pragma unroll
-      for (int s = 0; s < kTogether; ++s) {
-#pragma unroll
-        for (int n = 0; n < S::kBlocks; ++n) {
-          const uint4& q = query[s][n];
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint4& a = keys[s][2 * half];
-            const uint4& b = keys[s][2 * half + 1];
-            mma(scores[n][half], a.x, b.x, a.y, b.y, q.x, q.y);
-            mma(scores[n][half], a.z, b.z, a.w, b.w, q.z, q.w);
-          }
-        }
-      }
+    for (int first = 0; first < 2 * kExactTokens; first += 32 / kChunks) {
+      const int t = first + static_cast<int>(index / kChunks);
+      const std::byte* from = row_of_lane(row, t);
+      cp_async_16_or_zero(to + t * kRowBytes + 16 * (chunk ^ (t & 7)),
+                          from + (exists ? 16 * chunk : 0), exists);
     }
   }
 
-  struct Weights {
-    std::uint32_t high[4];  // tokens 8 i + 2 c and + 1 of column g
-    std::uint32_t low[4];
-
-    __device__ void to_next() {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        high[i] = high[i + 2];
-        low[i] = low[i + 2];
-      }
-    }
-  };
-  __device__ static Weights weights_of(const float (&exact)[2][4]) {
-    Weights weights;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float a = exact[i / 2][i % 2 * 2];
-      const float b = exact[i / 2][i % 2 * 2 + 1];
-      if constexpr (kType == DType::kBF16) {
-        const __nv_bfloat162 high = __floats2bfloat162_rn(a, b);
-        const float2 back = __bfloat1622float2(high);
-        const __nv_bfloat162 low = __floats2bfloat162_rn(a - back.x, b - back.y);
-        weights.high[i] = transpose_8x8(reinterpret_cast<const std::uint32_t&>(high));
-        weights.low[i] = transpose_8x8(reinterpret_cast<const std::uint32_t&>(low));
-      } else {
-        const __half2 pair = __floats2half2_rn(a, b);
-        weights.high[i] = transpose_8x8(reinterpret_cast<const std::uint32_t&>(pair));
-        weights.low[i] = 0;
-      }
-    }
-    return weights;
+  // Chunks 2 i and 2 i + 1 of eight rows each: `own` is where the lane's row has its chunk of i 0.
+  __device__ static std::uint32_t chunk_pair(std::uint32_t own, int i) {
+    return (own ^ 32 * (i % 4)) + 128 * (i / 4);
   }
 
-  // Tokens 16 step + 2 c, + 1, + 8 and + 9; operand A pairs the same channel of two tokens.
-  __device__ static void add(const CudaAttendCall& call, const Lane& lane, const ExactTokens&,
-                             const ExactTile<S>& tile, const float (&exact)[S::kBlocks][2][4],
-                             ExactSums<S>& sums) {
-    Weights weights[S::kBlocks];
+  // Scores of tokens g and g + 8, columns 2 c and 2 c + 1.
+  __device__ void score(const CudaAttendCall&, const DecodeSequence&, const Lane& lane, int part,
+                        const std::byte*, const ExactTile<S>& tile,
+                        float (&scores)[S::kBlocks][4]) const {
+    const auto t = static_cast<unsigned>(lane.index) % 16;
+    const std::uint32_t own =
+        slot_of(tile, part) + t * kRowBytes + 16 * (static_cast<unsigned>(lane.index) / 16 ^ t % 8);
 #pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) weights[n] = weights_of(exact[n]);
-    cp_async_wait<0>();
-    __syncwarp();
-#pragma unroll 1  // short code: it comes from memory, once
-    for (int step = 0; step < 2; ++step) {
+    for (int s = 0; s < kSteps; ++s) {
+      std::uint32_t a[4];
+      ldmatrix_x4(a, chunk_pair(own, s));
 #pragma unroll
-      for (int set = 0; set < S::kPad / 64; ++set) {
-        uint4 rows[4];
+      for (int n = 0; n < S::kBlocks; ++n) mma(scores[n], a, query[n][s][0], query[n][s][1]);
+    }
+  }
+
+  // Channel of block h of a lane.
+  __device__ static int channel(const Lane& lane, int h) { return 8 * h + lane.g; }
+
+  __device__ static void add(const CudaAttendCall&, const DecodeSequence&, const Lane& lane,
+                             int part, const std::byte*, const ExactTile<S>& tile,
+                             const float (&exact)[S::kBlocks][4], ExactSums<S>& sums) {
+    std::uint32_t high[S::kBlocks][2], low[S::kBlocks][2];  // tokens 2 c, + 1, and + 8 and + 9
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int t = 16 * step + 2 * lane.c + i % 2 + 8 * (i / 2);
-          rows[i] = uint4{};
-          if (S::kWhole || 64 * set + 8 * lane.g < S::head_dim(call)) {
-            rows[i] = *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(&tile) +
-                                                      staged(t, 8 * set + lane.g));
-          }
-        }
+    for (int i = 0; i < 2 * S::kBlocks; ++i) {
+      split_weights(exact[i / 2][i % 2 * 2], exact[i / 2][i % 2 * 2 + 1], high[i / 2][i % 2],
+                    low[i / 2][i % 2]);
+    }
+    const auto index = static_cast<unsigned>(lane.index);
+    const unsigned t = kExactTokens + index % 8 + 8 * (index / 16);
+    const std::uint32_t own =
+        slot_of(tile, part) + t * kRowBytes + 16 * (index / 8 % 2 ^ index % 8);
 #pragma unroll
-        for (int p = 0; p < 4; ++p) {
-          const auto word = [&](int i) {
-            return p == 0 ? rows[i].x : p == 1 ? rows[i].y : p == 2 ? rows[i].z : rows[i].w;
-          };
-          const std::uint32_t a0 = __byte_perm(word(0), word(1), 0x5410);
-          const std::uint32_t a1 = __byte_perm(word(0), word(1), 0x7632);
-          const std::uint32_t a2 = __byte_perm(word(2), word(3), 0x5410);
-          const std::uint32_t a3 = __byte_perm(word(2), word(3), 0x7632);
+    for (int r = 0; r < S::kPad / 16; ++r) {
+      std::uint32_t a[4];
+      ldmatrix_x4_transposed(a, chunk_pair(own, r));
 #pragma unroll
-          for (int n = 0; n < S::kBlocks; ++n) {
-            float (&out)[4] = sums.out[n][4 * set + p];
-            const Weights& w = weights[n];
-            mma(out, a0, a1, a2, a3, w.high[0], w.high[1]);
-            if constexpr (kType == DType::kBF16) mma(out, a0, a1, a2, a3, w.low[0], w.low[1]);
-          }
-        }
+      for (int n = 0; n < S::kBlocks; ++n) {
+        mma(sums.out[n][r], a, high[n][0], high[n][1]);
+        if constexpr (kType == DType::kBF16) mma(sums.out[n][r], a, low[n][0], low[n][1]);
       }
-#pragma unroll
-      for (Weights& w : weights) w.to_next();
+    }
+  }
+
+ private:
+  __device__ static void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                             std::uint32_t b1) {
+    if constexpr (kType == DType::kBF16) {
+      mma_bf16(c, a[0], a[1], a[2], a[3], b0, b1);
+    } else {
+      mma_f16(c, a[0], a[1], a[2], a[3], b0, b1, c);
+    }
+  }
+
+  __device__ static void split_weights(float a, float b, std::uint32_t& high, std::uint32_t& low) {
+    if constexpr (kType == DType::kBF16) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+      const float2 back = __bfloat1622float2(pair);
+      const __nv_bfloat162 rest = __floats2bfloat162_rn(a - back.x, b - back.y);
+      high = transpose_8x8(reinterpret_cast<const std::uint32_t&>(pair));
+      low = transpose_8x8(reinterpret_cast<const std::uint32_t&>(rest));
+    } else {
+      const __half2 pair = __floats2half2_rn(a, b);
+      high = transpose_8x8(reinterpret_cast<const std::uint32_t&>(pair));
+      low = 0;
     }
   }
 };

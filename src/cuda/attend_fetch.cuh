@@ -25,18 +25,6 @@ __host__ __device__ constexpr int swizzled_chunk(int chunk, int rows_per_group) 
 // Addresses of 32 tiles at a time, a lane a tile, as offsets in shared memory.
 inline constexpr int kStepTiles = 32;
 
-// Opaque to the compiler, which would rather compute such a value again for every tile than keep
-// it.
-template <typename T>
-__device__ inline T kept(T x) {
-  if constexpr (sizeof(T) == 8) {
-    asm volatile("" : "+l"(x));
-  } else {
-    asm volatile("" : "+r"(x));
-  }
-  return x;
-}
-
 template <class S>
 struct DecodeFetch {
   static constexpr int kKeyRows = S::kLines;  // of 128 bytes, of a lane group

@@ -5,6 +5,7 @@
 
 namespace oscar::cuda {
 
-template void launch_decode_format<4, 4>(const CudaAttendCall& call, cudaStream_t stream);
+template void launch_decode_format<4, 4>(const CudaAttendCall& call, DecodeLaunch what,
+                                         cudaStream_t stream);
 
 }  // namespace oscar::cuda

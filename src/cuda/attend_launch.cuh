@@ -99,8 +99,7 @@ inline DecodeExact decode_exact(const Layout& layout, const CacheView& cache) {
 }
 
 template <class S>
-void launch(const CudaAttendCall& call, cudaStream_t stream) {
-  const Device device = current_device();
+DecodePlan host_plan(const CudaAttendCall& call, const Device& device) {
   DecodePlan plan{};
   plan.group = call.q.heads / call.layout.kv_heads;
   plan.group_inverse =
@@ -120,35 +119,46 @@ void launch(const CudaAttendCall& call, cudaStream_t stream) {
   plan.exact = decode_exact(call.layout, call.cache);
   const std::int64_t reach = call.cache.num_pages > 0 ? call.cache.max_pages * per_page : 0;
   plan.table_tiles = static_cast<int>(std::min<std::int64_t>(reach, INT_MAX));
+  return plan;
+}
+
+enum class DecodeLaunch : std::uint8_t { kAttend, kPlan };
+
+template <class S>
+void launch(const CudaAttendCall& call, DecodeLaunch what, cudaStream_t stream) {
+  const Device device = current_device();
+  const DecodePlan plan = host_plan<S>(call, device);
+  if (what == DecodeLaunch::kPlan) return launch_plan_kernel(call, plan, stream);
   launch_kernels<S>(call, plan, device, stream);
 }
 
 template <int kKBits, int kVBits, int kDim, bool kAny>
-void launch_dim(const CudaAttendCall& call, cudaStream_t stream) {
+void launch_dim(const CudaAttendCall& call, DecodeLaunch what, cudaStream_t stream) {
   const int columns = item_columns(call.layout, call.q.heads, call.max_query_len);
   if constexpr (kDim <= 128) {
-    if (columns == 16) return launch<DecodeShape<kDim, kAny, kKBits, kVBits, 4>>(call, stream);
+    if (columns == 16)
+      return launch<DecodeShape<kDim, kAny, kKBits, kVBits, 4>>(call, what, stream);
   }
-  if (columns == 8) return launch<DecodeShape<kDim, kAny, kKBits, kVBits, 2>>(call, stream);
-  launch<DecodeShape<kDim, kAny, kKBits, kVBits, 1>>(call, stream);
+  if (columns == 8) return launch<DecodeShape<kDim, kAny, kKBits, kVBits, 2>>(call, what, stream);
+  launch<DecodeShape<kDim, kAny, kKBits, kVBits, 1>>(call, what, stream);
 }
 
 template <int kKBits, int kVBits>
-void launch_decode_format(const CudaAttendCall& call, cudaStream_t stream) {
+void launch_decode_format(const CudaAttendCall& call, DecodeLaunch what, cudaStream_t stream) {
   switch (call.layout.head_dim) {
     case 64:
-      return launch_dim<kKBits, kVBits, 64, false>(call, stream);
+      return launch_dim<kKBits, kVBits, 64, false>(call, what, stream);
     case 96:
-      return launch_dim<kKBits, kVBits, 96, false>(call, stream);
+      return launch_dim<kKBits, kVBits, 96, false>(call, what, stream);
     case 128:
-      return launch_dim<kKBits, kVBits, 128, false>(call, stream);
+      return launch_dim<kKBits, kVBits, 128, false>(call, what, stream);
     case 256:
-      return launch_dim<kKBits, kVBits, 256, false>(call, stream);
+      return launch_dim<kKBits, kVBits, 256, false>(call, what, stream);
     default:
       break;
   }
-  if (call.layout.head_dim < 128) return launch_dim<kKBits, kVBits, 128, true>(call, stream);
-  launch_dim<kKBits, kVBits, 256, true>(call, stream);
+  if (call.layout.head_dim < 128) return launch_dim<kKBits, kVBits, 128, true>(call, what, stream);
+  launch_dim<kKBits, kVBits, 256, true>(call, what, stream);
 }
 
 }  // namespace oscar::cuda

@@ -194,44 +194,58 @@ template <class S, class Math>
 __device__ inline void attend_exact_segment(const CudaAttendCall& call, const DecodePlan& plan,
                                             int first, int last, char* warp) {
   const WarpState<S>& state = warp_state<S>(warp);
+  const DecodeSequence& s = state.item.sequence;
   const Lane start = fresh_lane();
   auto& tile = *reinterpret_cast<ExactTile<S>*>(warp);
-  const std::byte* queries[S::kBlocks];
+  const int begin = kTileTokens / kExactTokens * first;
+  const int end =
+      min(kTileTokens / kExactTokens * last, (s.exact_tokens + kExactTokens - 1) / kExactTokens);
+  Math math;
+  {
+    // A column without a query takes the rows of the last: its scores are masked.
+    const std::byte* queries[S::kBlocks];
+    const int columns = s.queries * plan.group - state.item.first_column;
 #pragma unroll
-  for (int n = 0; n < S::kBlocks; ++n) {
-    // A column without a query takes the rows of the first: its scores are masked.
-    const DecodeColumn at = column_of(plan, state.item, 8 * n + start.g);
-    const DecodeColumn known = at.used ? at : column_of(plan, state.item, 0);
-    queries[n] = row_address(call.q, state.item.sequence.first_row + known.query, known.q_head);
+    for (int n = 0; n < S::kBlocks; ++n) {
+      const DecodeColumn at = column_of(plan, state.item, min(8 * n + start.g, columns - 1));
+      queries[n] = row_address(call.q, s.first_row + at.query, at.q_head);
+    }
+    math.load_query(call, start, queries);
   }
   ExactSoftmax<S> softmax;
   ExactSums<S> sums;
   softmax.clear();
   sums.clear();
   set_exact_bounds<S>(call, plan, state.item, start, tile);
-  // From one before the first: the rows of the next are found while these are in use.
+  // Each part is asked for while those of all slots are to come or in use.
+  constexpr int kSlots = S::kExactSlots;
+  const std::byte* rows[kSlots + 1] = {};
+  int part = begin - kSlots;
 #pragma unroll 1
-  for (int unit = first - 1; unit < last; ++unit) {
+  do {
     const Lane lane = fresh_lane();
-    const ExactTokens& tokens = tile.tokens[unit & 1];
-    if (unit + 1 < last) {
-      find_rows(call, plan, state.item, unit + 1, lane.index, unit >= first,
-                tile.tokens[unit + 1 & 1]);
+    if (part >= begin) {
+      cp_async_wait<kSlots - 1>();
+      __syncwarp();
+      float scores[S::kBlocks][4] = {};
+      math.score(call, s, lane, part, rows[0], tile, scores);
+      finish_exact_scores<S>(call, s, lane, tile, part, scores);
+      weigh_exact<S>(scores, softmax, sums);
+      math.add(call, s, lane, part, rows[0], tile, scores, sums);
+      __syncwarp();
     }
-    __syncwarp();
-    if (unit < first) continue;
-    float scores[S::kBlocks][2][4] = {};
-    Math::score(call, lane, tokens, queries, scores,
-                [&] { Math::fetch_values(call, lane, tokens, tile); });
-    finish_exact_scores<S>(call, lane, tile, tokens, scores);
-    float weights[S::kBlocks][2][4];
-    weigh_exact<S>(scores, softmax, sums, weights);
-    Math::add(call, lane, tokens, tile, weights, sums);
-    __syncwarp();
-  }
+    if (part + kSlots < end) {
+      rows[kSlots] = find_row(call, plan, state.item, part + kSlots, lane.index);
+      math.stage(call, lane, part + kSlots, rows[kSlots], tile);
+    }
+    cp_async_commit();
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) rows[i] = rows[i + 1];
+  } while (++part < end);
+  __syncwarp();  // also where nothing was done
   const Lane lane = fresh_lane();
   float* partial = partial_of<S>(call, plan, warp, 0);
-  store_exact<S>(call, plan, lane, sums, reinterpret_cast<float*>(warp), partial);
+  store_exact<S, Math>(call, plan, lane, sums, reinterpret_cast<float*>(warp), partial);
 #pragma unroll
   for (int i = 0; i < 2 * S::kBlocks; ++i) {
     store_softmax(plan, lane, S::head_dim(call), 8 * (i / 2) + 2 * lane.c + i % 2,

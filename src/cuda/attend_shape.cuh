@@ -16,7 +16,7 @@
 
 #include <cstdint>
 
-#include "cuda/plan.cuh"
+#include "cuda/plan_part.cuh"
 #include "oscar/format.hpp"
 
 namespace oscar::cuda {
@@ -82,9 +82,9 @@ struct DecodeShape {
   static constexpr int kValues = kKeys + kGroupTiles * kKeyBytes;
   static constexpr int kGroupBytes = kValues + kGroupTiles * kValueBytes;
   static constexpr int kPartialBytes = kColumns * (kDim + 2) * 4;  // in the same place at the end
-  // Of exact tokens: ExactTile, then 32 rows of 16-bit V.
-  static constexpr int kExactTileBytes = (1792 + 160 * 8 * kBlocks + 127) / 128 * 128;
-  static constexpr int kExactBytes = kExactTileBytes + kTileTokens * 2 * kPad;
+  // Of exact tokens: ExactTile, then slots of 16 rows of K and 16 of V in 16 bits.
+  static constexpr int kExactSlots = kPad <= 128 ? 2 : 1;
+  static constexpr int kExactBytes = 96 * 8 * kBlocks + kExactSlots * 32 * 2 * kPad;
   static constexpr int kMostBytes = kGroupBytes > kPartialBytes ? kGroupBytes : kPartialBytes;
   static constexpr int kState =  // WarpState
       ((kMostBytes > kExactBytes ? kMostBytes : kExactBytes) + 127) / 128 * 128;
@@ -94,7 +94,7 @@ struct DecodeShape {
   // too few registers, and what it spilled would wait behind all the tiles under way.
   __host__ __device__ static constexpr int warps(int arch) {
     const int sums = kPad * kLaneColumns;
-    int count = sums <= 128 ? 12 : 8;
+    int count = sums <= 128 ? kMostDecodeWarps : 8;
     while (count > 4 && count * kWarpBytes > shared_limit(arch)) {
       count -= count > 8 ? 4 : 2;
     }
@@ -130,43 +130,37 @@ struct Lane {
 // Read again where it is used: what is computed from it then needs no register in between. `zero`:
 // from memory, where the compiler would otherwise know that it is the same lane as before.
 __device__ inline Lane fresh_lane(int zero = 0) {
-  int index;
+  unsigned index;
   asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(index));
-  index ^= zero;
-  return {index, index / 4, index % 4};
+  index ^= static_cast<unsigned>(zero);
+  return {static_cast<int>(index), static_cast<int>(index / 4), static_cast<int>(index % 4)};
+}
+
+// Opaque to the compiler, which would rather compute such a value again for every tile than keep
+// it.
+template <typename T>
+__device__ inline T kept(T x) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
+  return x;
 }
 
 // The number of this warp, as fresh_lane.
 __device__ inline int fresh_warp() {
-  int thread;
+  unsigned thread;
   asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
-  return thread / 32;
+  return static_cast<int>(thread / 32);
 }
-
-// One warp's segment: packed tiles or exact tokens of one item.
-struct DecodeItem {
-  DecodeSequence sequence;
-  int kv_head;
-  int first_column;
-};
 
 inline constexpr std::uint32_t kOnes = 0x3c003c00u;  // two fp16
 
 // What a warp needs once a segment or group. In shared memory, since the registers are for the
 // tiles and a spilled one would wait for memory behind all the tiles under way.
 template <class S>
-struct WarpState {
-  DecodeItem item;
-  int item_index;
-  int begin;  // of the item's units
-  int units;
-  int done;        // units of the item that this warp did
-  int slots;       // and the results of them that are in memory: 1 exact, 2 packed
-  int next;        // unit of the line after this segment
-  int last;        // of the warp's part
-  int first_unit;  // of the sequence
-  int first_item;
-  int level;                   // of the line
+struct WarpState : WarpSegment {
   int last_tile;               // of a packed segment, the one behind it
   int2 seen;                   // tokens that no column sees others of
   int2 plain;                  // tiles of whose tokens all columns see the same ones

@@ -42,11 +42,19 @@ struct CudaAttendCall {
   std::byte* workspace = nullptr;  // of the path that is launched, 256-byte aligned
   std::size_t workspace_bytes = 0;
   std::int32_t max_query_len = 0;  // upper bound of one sequence's query tokens, at least 1
+  std::byte* planned = nullptr;    // memory of an AttendPlan, or null: blocks plan for themselves
 };
 
 void launch_append(const CudaAppendCall& call, cudaStream_t stream);         // append.cu
 void launch_attend_decode(const CudaAttendCall& call, cudaStream_t stream);  // attend.cu
+void launch_attend_plan(const CudaAttendCall& call, cudaStream_t stream);    // to call.planned
 void launch_attend_extend(const CudaAttendCall& call, cudaStream_t stream);  // extend.cu
+
+// Bytes of a plan: 12 warps a block at most (DecodeShape::warps).
+inline constexpr int kMostDecodeWarps = 12;
+inline constexpr std::size_t kPlannedPartBytes = 128;
+inline constexpr std::size_t kPlannedItemBytes = 64;
+std::size_t decode_plan_bytes();
 
 // Scratch memory of each path; attend_call.cu gives each its own part, so they may overlap in time.
 std::size_t decode_workspace_bytes(const Layout& layout, std::int32_t batch_size,

@@ -9,37 +9,10 @@
 
 #include "cuda/attend_query.cuh"
 #include "cuda/attend_shape.cuh"
-#include "cuda/plan.cuh"
+#include "cuda/plan_part.cuh"
 #include "cuda/softmax.cuh"
 
 namespace oscar::cuda {
-
-// What a warp, or all warps of a block, did of an item, and what the item is.
-struct ItemEnd {
-  int item;   // -1: nothing
-  int done;   // units
-  int slots;  // results in memory beside those in shared memory: 1 exact, 2 packed
-  int units;  // of the item
-  int first_unit;
-  int first_row;
-  int queries;
-  int kv_head;
-  int first_column;
-};
-
-template <class S>
-__device__ inline ItemEnd end_of(const WarpState<S>& state) {
-  const DecodeSequence& s = state.item.sequence;
-  return {state.item_index,
-          state.done,
-          state.slots,
-          s.item_units(),
-          state.next - state.units - state.begin,
-          s.first_row,
-          s.queries,
-          state.item.kv_head,
-          state.item.first_column};
-}
 
 // Running sums of one row. Of a whole head_dim lane l has the channels from kChannels l on, else
 // l, l + 32, ...

@@ -111,6 +111,14 @@ __device__ inline void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address)
                : "memory");
 }
 
+// The same, each matrix transposed.
+__device__ inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
 // Programmatic dependent launch: the kernel behind this one may start once every block has said so,
 // and sees this kernel's results where it has waited for it.
 __device__ inline void let_kernel_behind_start() {
@@ -132,6 +140,12 @@ __device__ inline void prefetch_l2(const void* global) {
 // 16 bytes from global to shared memory, past L1.
 __device__ inline void cp_async_16(std::uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(global) : "memory");
+}
+// Zeros where the source is not there.
+__device__ inline void cp_async_16_or_zero(std::uint32_t shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
+               "r"(exists ? 16 : 0)
+               : "memory");
 }
 __device__ inline void cp_async_4(std::uint32_t shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared), "l"(global) : "memory");

@@ -74,7 +74,7 @@ __device__ inline void prefetch_tables(const CudaAttendCall& call) {
 // The finest units that leave each warp one at most, for a batch of up to 32 sequences.
 __device__ inline int finest_level(const DecodePlan& plan, const DecodeSequence& s, int items) {
   const unsigned all = __reduce_add_sync(kFullWarp, static_cast<unsigned>(items));
-  int finest = 2 * all <= static_cast<unsigned>(plan.blocks) ? kSharedLevel : kLongLevel;
+  int finest = 4 * all <= static_cast<unsigned>(plan.blocks) ? kSharedLevel : kLongLevel;
 #pragma unroll
   for (int level = kGroupLevel; level >= 0; --level) {
     DecodeSequence cut = s;
@@ -99,7 +99,6 @@ __device__ inline int2 scan_chunk(const CudaAttendCall& call, const DecodePlan& 
     const int items = call.layout.kv_heads * s.blocks;
     own = make_int2(own.x + items * s.item_units(), own.y + items);
   }
-  scan.level = kLongLevel;
   if (call.batch.size <= 32) {
     scan.level = finest_level(plan, s, own.y);
     s.cut(scan.level);
@@ -117,6 +116,7 @@ __device__ inline LineScan plan_line(const CudaAttendCall& call, const DecodePla
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const bool alone = call.batch.size <= 32;
   LineScan scan{};
+  scan.level = kLongLevel;
 #pragma unroll 1
   for (int chunk = alone ? 0 : static_cast<int>(threadIdx.x) / 32; chunk < kPlanChunks;
        chunk += warps) {
@@ -127,7 +127,6 @@ __device__ inline LineScan plan_line(const CudaAttendCall& call, const DecodePla
     table.records[32 * chunk + lane] = scan.record;
     if (lane == 0) table.sums[chunk] = sums;
   }
-  scan.level = kLongLevel;
   __syncthreads();
   const int2 own = lane < kPlanChunks ? table.sums[lane] : int2{};
   const int2 sums = sums_to<kPlanChunks>(own, lane);
@@ -166,28 +165,9 @@ __device__ inline DecodePlace next_place(const CudaAttendCall& call, const Decod
           place.item + place_items(call, place)};
 }
 
-// The sequence of record `found` of the chunk.
-__device__ inline DecodePlace place_of(const CudaAttendCall& call, const DecodePlan& plan,
-                                       const LineScan& scan, int found) {
-  const auto of_found = [&](int x) { return __shfl_sync(kFullWarp, x, found); };
-  DecodePlace place{
-      {}, scan.start.x + of_found(scan.record.unit), scan.start.y + of_found(scan.record.item)};
-  DecodeSequence& s = place.sequence;
-  s.b = (32 * scan.chunk + found) * record_sequences(call);
-  s.first_row = of_found(scan.record.first_row);
-  s.queries = of_found(scan.record.queries);
-  s.cached = of_found(scan.record.cached);
-  s.packed_low = of_found(scan.record.packed_low);
-  s.packed_high = of_found(scan.record.packed_high);
-  s.slot = of_found(scan.record.slot);
-  s = completed(call, plan, s, scan.level);
-  return place;
-}
-
 // The sequence that has `unit`, for a whole warp: the last record that starts at or before it.
 __device__ inline DecodePlace find_unit(const CudaAttendCall& call, const DecodePlan& plan,
-                                        const PlanTable& table, LineScan& scan, int unit,
-                                        int lane) {
+                                        const PlanTable& table, LineScan scan, int unit, int lane) {
   if (call.batch.size > 32) [[unlikely]]
     find_chunk(table, unit, lane, scan);
   const int each = record_sequences(call);
@@ -195,13 +175,25 @@ __device__ inline DecodePlace find_unit(const CudaAttendCall& call, const Decode
   const unsigned records = __ballot_sync(kFullWarp, (first + lane) * each < call.batch.size &&
                                                         scan.start.x + scan.record.unit <= unit);
   const int found = 31 - __clz(static_cast<int>(records));
-  DecodePlace place = place_of(call, plan, scan, found);
+  const auto of_found = [&](int x) { return __shfl_sync(kFullWarp, x, found); };
+  DecodePlace place{
+      {}, scan.start.x + of_found(scan.record.unit), scan.start.y + of_found(scan.record.item)};
+  DecodeSequence& s = place.sequence;
+  s.b = (first + found) * each;
   if (each > 1) [[unlikely]] {
-    place.sequence = decode_sequence(call, plan, place.sequence.b, scan.level);
-    while (unit >= place_end(call, place) && place.sequence.b + 1 < call.batch.size) {
+    s = decode_sequence(call, plan, s.b, scan.level);
+    while (unit >= place_end(call, place) && s.b + 1 < call.batch.size) {
       place = next_place(call, plan, place, scan.level);
     }
+    return place;
   }
+  s.first_row = of_found(scan.record.first_row);
+  s.queries = of_found(scan.record.queries);
+  s.cached = of_found(scan.record.cached);
+  s.packed_low = of_found(scan.record.packed_low);
+  s.packed_high = of_found(scan.record.packed_high);
+  s.slot = of_found(scan.record.slot);
+  s = completed(call, plan, s, scan.level);
   return place;
 }
 

@@ -169,28 +169,25 @@ struct ExactSoftmax {
 };
 
 template <class S>
-__device__ inline void cap_scores(float softcap, float (&scores)[S::kBlocks][2][4]) {
+__device__ inline void cap_scores(float softcap, float (&scores)[S::kBlocks][4]) {
   const float cap = softcap * kLog2E;
   const float turn = __fdividef(2.0f * kLog2E, cap);
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      scores[n][i / 4][i % 4] = soft_capped(scores[n][i / 4][i % 4], cap, turn);
-    }
+    for (float& score : scores[n]) score = soft_capped(score, cap, turn);
   }
 }
 
 // The factors by which sums must be scaled after `max` has been moved to these scores.
 template <class S>
-__device__ inline void raise_max(const float (&scores)[S::kBlocks][2][4], ExactSoftmax<S>& softmax,
+__device__ inline void raise_max(const float (&scores)[S::kBlocks][4], ExactSoftmax<S>& softmax,
                                  float (&factors)[S::kBlocks][2]) {
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float most = max_over_tokens(fmaxf(fmaxf(scores[n][0][j], scores[n][0][2 + j]),
-                                               fmaxf(scores[n][1][j], scores[n][1][2 + j])));
+      const float most = max_over_tokens(fmaxf(scores[n][j], scores[n][2 + j]));
       const float old = softmax.max[n][j];
       softmax.max[n][j] = fmaxf(old, most);
       factors[n][j] = exp2_fast(old - softmax.max[n][j]);

@@ -139,7 +139,7 @@ void copy_to(const void* device, const void* host, std::size_t bytes) {
 }
 
 // A graph captured at one length gives the right output at others, from the same addresses.
-TEST_F(CudaAttend, GraphReplaysWithOtherLengths) {
+void check_graph(bool planned) {
   AttendShape shape = decode_shape(kK2V2, 128, 4, {40, 700, 3});
   shape.setup.capacity = {3000, 1500, 400};
   CacheFixture fixture(shape.setup);
@@ -153,15 +153,24 @@ TEST_F(CudaAttend, GraphReplaysWithOtherLengths) {
   const DeviceMemory start = to_device(first.query_start);
   const DeviceMemory workspace(
       cuda::attend_workspace_bytes(fixture.layout, 3, 3, shape.q_heads, 1));
+  const DeviceMemory plan_memory(cuda::attend_plan_bytes());
+  cuda::AttendPlan plan;
+  const Batch batch{3, static_cast<const std::int32_t*>(start.data())};
   cudaStream_t stream = nullptr;
   ASSERT_EQ(cudaStreamCreate(&stream), cudaSuccess);
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t replay = nullptr;
   ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-  const Status status = cuda::attend(fixture.layout, cache.view(),
-                                     {3, static_cast<const std::int32_t*>(start.data())}, q.view(),
-                                     k.view(), v.view(), shape.options, out.mutable_view(), nullptr,
-                                     workspace.data(), workspace.size(), 1, stream);
+  if (planned) {
+    const Status status =
+        cuda::plan_attend(fixture.layout, cache.view(), batch, 3, shape.q_heads, shape.options,
+                          plan_memory.data(), plan_memory.size(), 1, stream, plan);
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+  const Status status =
+      cuda::attend(fixture.layout, cache.view(), batch, q.view(), k.view(), v.view(), shape.options,
+                   out.mutable_view(), nullptr, workspace.data(), workspace.size(), 1, stream,
+                   planned ? &plan : nullptr);
   ASSERT_TRUE(status.ok()) << status.message();
   ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
   ASSERT_EQ(cudaGraphInstantiate(&replay, graph, 0), cudaSuccess);
@@ -187,6 +196,56 @@ TEST_F(CudaAttend, GraphReplaysWithOtherLengths) {
   cudaGraphExecDestroy(replay);
   cudaGraphDestroy(graph);
   cudaStreamDestroy(stream);
+}
+
+TEST_F(CudaAttend, GraphReplaysWithOtherLengths) { check_graph(false); }
+
+TEST_F(CudaAttend, GraphReplaysPlanForOtherLengths) { check_graph(true); }
+
+// What a plan was made for is said where a call differs; nothing is launched.
+TEST_F(CudaAttend, PlanOfAnotherCallIsRefused) {
+  AttendShape shape = decode_shape(kK2V2, 128, 4, {40});
+  shape.setup.capacity = {64};
+  CacheFixture fixture(shape.setup);
+  fixture.grow(shape.history);
+  const DeviceCache cache(fixture);
+  const Call call = fixture.next({1});
+  const DeviceRows q(random_queries(fixture, 1, shape.q_heads, DType::kF16, 1)), k(call.k),
+      v(call.v);
+  const DeviceRows out(Rows(DType::kF16, 1, shape.q_heads, 128));
+  const DeviceMemory start = to_device(call.query_start);
+  const DeviceMemory workspace(
+      cuda::attend_workspace_bytes(fixture.layout, 1, 1, shape.q_heads, 1));
+  const DeviceMemory memory(cuda::attend_plan_bytes());
+  const Batch batch{1, static_cast<const std::int32_t*>(start.data())};
+  cuda::AttendPlan plan;
+  const auto make = [&](int q_heads, std::size_t bytes, std::int64_t tokens) {
+    return cuda::plan_attend(fixture.layout, cache.view(), batch, tokens, q_heads, shape.options,
+                             memory.data(), bytes, 1, nullptr, plan);
+  };
+  const auto attend = [&](const AttendOptions& options) {
+    return cuda::attend(fixture.layout, cache.view(), batch, q.view(), k.view(), v.view(), options,
+                        out.mutable_view(), nullptr, workspace.data(), workspace.size(), 1, nullptr,
+                        &plan);
+  };
+  EXPECT_EQ(make(shape.q_heads, memory.size() - 1, 1).message(),
+            "memory_bytes is " + std::to_string(memory.size() - 1) + ", must be at least " +
+                std::to_string(memory.size()));
+  EXPECT_EQ(make(shape.q_heads, memory.size(), -1).message(),
+            "query_tokens is -1, must be 0 to 2147483647");
+  ASSERT_TRUE(make(2 * shape.q_heads, memory.size(), 1).ok());
+  EXPECT_EQ(attend(shape.options).message(),
+            "plan was made for q_heads " + std::to_string(2 * shape.q_heads) + ", this call has " +
+                std::to_string(shape.q_heads));
+  ASSERT_TRUE(make(shape.q_heads, memory.size(), 1).ok());
+  EXPECT_TRUE(attend(shape.options).ok());
+  AttendOptions other = shape.options;
+  other.sliding_window = 8;
+  EXPECT_EQ(attend(other).message(), "plan was made for sliding_window 0, this call has 8");
+  other = shape.options;
+  other.strict = true;
+  EXPECT_EQ(attend(other).message(), "plan was made for strict 0, this call has 1");
+  check_device();
 }
 
 }  // namespace

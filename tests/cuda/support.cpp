@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 
@@ -36,6 +37,23 @@ int random_history(std::mt19937& random, int page_tokens, int longest) {
 
 std::size_t row_bytes(const ConstRows& rows) {
   return size_of(rows.dtype) * static_cast<std::size_t>(rows.tokens * rows.token_stride);
+}
+
+bool same_bits(const Result& a, const Result& b, int head_dim) {
+  const ConstRows x = a.out.view(), y = b.out.view();
+  const std::size_t row = size_of(x.dtype) * static_cast<std::size_t>(head_dim);
+  for (std::int64_t token = 0; token < x.tokens; ++token) {
+    for (std::int64_t head = 0; head < x.heads; ++head) {
+      const std::int64_t at = token * x.token_stride + head * x.head_stride;
+      const auto offset = at * static_cast<std::int64_t>(size_of(x.dtype));
+      if (std::memcmp(static_cast<const std::byte*>(x.data) + offset,
+                      static_cast<const std::byte*>(y.data) + offset, row) != 0) {
+        return false;
+      }
+    }
+  }
+  return a.lse.size() == b.lse.size() &&
+         std::memcmp(a.lse.data(), b.lse.data(), a.lse.size() * sizeof(float)) == 0;
 }
 
 }  // namespace
@@ -120,7 +138,8 @@ void check_device() {
 }
 
 Result run_attend_cuda(const CacheFixture& fixture, const Call& call, const Rows& q,
-                       const AttendOptions& options, DType out_dtype, int max_query_len) {
+                       const AttendOptions& options, DType out_dtype, int max_query_len,
+                       bool planned) {
   const Layout& layout = fixture.layout;
   const int q_heads = q.view().heads;
   Result result{{},
@@ -138,9 +157,18 @@ Result run_attend_cuda(const CacheFixture& fixture, const Call& call, const Rows
   const Batch batch{call.batch().size, static_cast<const std::int32_t*>(start.data())};
   const DeviceMemory workspace(
       cuda::attend_workspace_bytes(layout, batch.size, call.tokens(), q_heads, max_query_len));
-  result.status = cuda::attend(layout, cache.view(), batch, queries.view(), k.view(), v.view(),
-                               device_options, out.mutable_view(), static_cast<float*>(lse.data()),
-                               workspace.data(), workspace.size(), max_query_len, nullptr);
+  const DeviceMemory plan_memory(planned ? cuda::attend_plan_bytes() : 0);
+  cuda::AttendPlan plan;
+  if (planned) {
+    result.status =
+        cuda::plan_attend(layout, cache.view(), batch, call.tokens(), q_heads, options,
+                          plan_memory.data(), plan_memory.size(), max_query_len, nullptr, plan);
+    if (!result.status.ok()) return result;
+  }
+  result.status =
+      cuda::attend(layout, cache.view(), batch, queries.view(), k.view(), v.view(), device_options,
+                   out.mutable_view(), static_cast<float*>(lse.data()), workspace.data(),
+                   workspace.size(), max_query_len, nullptr, planned ? &plan : nullptr);
   check_device();
   out.download(result.out);
   lse.download(result.lse.data());
@@ -256,6 +284,10 @@ void check_attend(AttendShape shape) {
   // Scores are off by what the operands are, times |Q| |K|, which balance makes larger.
   EXPECT_LE(lse, (shape.setup.balance ? 3e-2 : 1e-2) * std::max(1.0f, shape.spread));
   EXPECT_TRUE(result.out.gaps_untouched());
+  const Result planned =
+      run_attend_cuda(fixture, call, q, shape.options, shape.out_dtype, shape.max_query_len, true);
+  ASSERT_TRUE(planned.status.ok()) << planned.status.message();
+  EXPECT_TRUE(same_bits(planned, result, shape.setup.layout.head_dim)) << "with a plan";
 }
 
 }  // namespace oscar::testing

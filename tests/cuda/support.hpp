@@ -76,10 +76,11 @@ class DeviceCache {
 // Waits for the device and throws the first error of any call before.
 void check_device();
 
-// One CUDA call on a copy of the fixture. max_query_len 0: the number of tokens.
+// One CUDA call on a copy of the fixture. max_query_len 0: the number of tokens. planned: after a
+// plan_attend.
 Result run_attend_cuda(const CacheFixture& fixture, const Call& call, const Rows& q,
                        const AttendOptions& options, DType out_dtype = DType::kF16,
-                       int max_query_len = 0);
+                       int max_query_len = 0, bool planned = false);
 
 // A call of attend: what is in the cache, how many tokens come, and the options.
 struct AttendShape {
@@ -107,7 +108,8 @@ AttendShape attend_shape(Format format, int head_dim, int kv_heads, int group, D
 AttendShape random_attend_shape(std::uint32_t seed, int longest, int max_history);
 
 // Builds the cache, runs CUDA on NaN-poisoned outputs and compares with dense float64 attention on
-// the same codes: output, log-sum-exp, untouched gaps, an unchanged cache.
+// the same codes: output, log-sum-exp, untouched gaps, an unchanged cache. With a plan it must give
+// the same bits.
 void check_attend(AttendShape shape);
 
 // Relative error of the output that check_attend accepts.

@@ -256,6 +256,17 @@ class PackedProblem:
         ops.append(*self.arrays, k, v, start, fmt, WINDOW, SINKS, "both")
         self.seq_len.copy_(torch.tensor(case.lengths, dtype=torch.int32))
         self.query_start = problem.query_start.cuda()
+        self.handed_over = _core.CacheArrays(*self.arrays)
+        self.plan = self.new_plan()
+
+    def new_plan(self) -> _core.AttendPlan:
+        """What the layers of a step share, as FlashInfer's plan: made once, outside of attend."""
+        problem, case = self.problem, self.problem.case
+        return ops.plan_attend(
+            *(self.handed_over, self.query_start, problem.q.shape[0], case.q_heads),
+            *(self.format, WINDOW, SINKS),
+            max_query_len=case.queries,
+        )
 
     @property
     def arrays(self) -> tuple[Tensor | None, ...]:
@@ -269,11 +280,11 @@ class PackedProblem:
 
     def attend(self) -> Tensor:
         problem = self.problem
-        out: Tensor = ops.attend(
-            *(problem.q, problem.k_new, problem.v_new),
-            *self.arrays,
-            *(self.query_start, self.format, WINDOW, SINKS, problem.scale, 0.0, 0, None, False),
+        out: Tensor = ops.attend_over(
+            *(self.handed_over, problem.q, problem.k_new, problem.v_new, self.query_start),
+            *(self.format, WINDOW, SINKS, problem.scale, 0.0, 0, None, False),
             max_query_len=problem.case.queries,
+            plan=self.plan,
         )[0]
         return out
 
@@ -286,6 +297,8 @@ def _packed_kernels(problem: Problem, fmt: str) -> Iterator[Kernel]:
     target = torch.empty_like(packed.pages)
     total = torch.zeros(1, dtype=torch.int64, device="cuda")
     yield Kernel(f"oscar {fmt}", packed.nbytes, packed.attend, read)
+    if problem.case.queries == 1:
+        yield Kernel(f"plan {fmt}, once a step", 0, packed.new_plan)
     yield Kernel(read, packed.nbytes, partial(ops.cuda_read_bytes, packed.pages, total), read)
     yield Kernel(f"copy {fmt} bytes", packed.nbytes, lambda: target.copy_(packed.pages), read)
 

@@ -51,7 +51,9 @@ def save_cuda_plot(rows: list[CudaRow], path: Path) -> None:
     decode = [row for row in rows if row.queries == 1 and not row.ragged]
     shapes = [row.shape for row in decode]
     shape = max(set(shapes), key=shapes.count)
-    decode = [row for row in decode if row.shape == shape and not row.kernel.startswith("copy")]
+    decode = [
+        row for row in decode if row.shape == shape and not row.kernel.startswith(("copy", "plan"))
+    ]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
     for kernel in dict.fromkeys(row.kernel for row in decode):
         points = sorted((r.tokens, r.us) for r in decode if r.kernel == kernel and r.batch == 1)

@@ -196,6 +196,7 @@ def _over_history(
         sliding_window=step.sliding_window,
         sink_logits=None if sinks is None else sinks.detach().float(),
         strict=layer.shared.strict,
+        plans=layer.shared.plans,
     )
     if rows is not None:
         full = out.new_zeros(batch * queries, q_heads, head_dim)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..plan import SharedPlans
 from .columns import StepMemo
 
 
@@ -26,3 +27,4 @@ class Shared:
     dequantizations: int = 0
     refused: str = ""  # why a layer refused tokens that earlier layers may hold already
     memo: StepMemo = field(default_factory=StepMemo)
+    plans: SharedPlans = field(default_factory=SharedPlans)

@@ -18,6 +18,7 @@ from .. import _core
 from ..auto_balance import balance_file
 from ..device import FaultWord
 from ..measured import Measured, Rank
+from ..plan import SharedPlans, StepPlans
 from ..step import LayerSettings, run_step
 from ..vllm.sinks import restore_sinks
 from ..vllm.spec import SINKS, WINDOW
@@ -57,6 +58,8 @@ class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
         self._measured: dict[int, Measured] = {}
         self._arrays: dict[tuple[int, int], _core.CacheArrays] = {}
         self._step: Step | None = None
+        self._steps = 0  # so far
+        self._plans = SharedPlans()
         self._fault = FaultWord(self.device) if self.device.type == "cuda" else None
 
     def support_triton(self) -> bool:
@@ -77,6 +80,7 @@ class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return
+        self._steps += 1
         rows = (forward_batch.req_pool_indices, forward_batch.seq_lens)
         if mode.is_decode():
             self._step = self.slots.advance_decode(*rows)
@@ -169,6 +173,7 @@ class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
             out,
             max_query_len=step.max_query_len,
             fault=self._fault,
+            plans=StepPlans(self._plans, self._steps, layer),
         )
         return out.view(-1, heads * dim)
 

@@ -12,6 +12,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from .. import _core
+from ..plan import StepPlans
 from ..step import LayerSettings, run_step
 from .ledger import Ledger
 from .measured import measured_of_layer
@@ -108,6 +109,7 @@ class OscarImpl(AttentionImpl):  # type: ignore[misc]
         shape = (tokens, self.num_heads, self.head_size)
         # In the ring's dtype from the start: a token reads alike in its own chunk and in the next.
         k, v = (x[:tokens].to(self.exact_dtype) for x in (key, value))
+        step = attn_metadata.step
         run_step(
             self.settings,
             *self._arrays(kv_cache, attn_metadata),
@@ -116,6 +118,7 @@ class OscarImpl(AttentionImpl):  # type: ignore[misc]
             output[:tokens].view(shape),
             max_query_len=attn_metadata.max_query_len,
             fault=self.ledger.fault,
+            plans=None if step is None else StepPlans(self.ledger.plans, step.number, self),
         )
         return output
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..device import FaultWord
+from ..plan import SharedPlans
 from .spec import TILE_TOKENS
 
 _ROWS = 1 << 20  # more than a batch has requests
@@ -37,7 +38,8 @@ class Step:
     context [batch]: tokens before this step; slot [batch, exact_blocks] (or [batch] of one): ring
     blocks; exact_from [batch]: first position with an exact copy; pack_table [batch, columns]: the
     block table for writing. These keep their address from step to step, for CUDA graphs. fresh bool
-    [batch]: requests whose first step this is, after a hit: their sinks have no exact copy.
+    [batch]: requests whose first step this is, after a hit: their sinks have no exact copy. number:
+    of this step, among all.
     """
 
     context: Tensor
@@ -45,6 +47,7 @@ class Step:
     exact_from: Tensor
     pack_table: Tensor
     fresh: Tensor
+    number: int
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Ledger:
 
     max_batch: requests of a step. layers: the attention layers of this engine, by name. groups: of
     the step being built (metadata.py). fault: where a CUDA device says that K or V was not finite.
+    plans: of attention, which the layers of a step share.
     """
 
     def __init__(self, exact_blocks: int, block_tokens: int, max_batch: int) -> None:
@@ -76,6 +80,7 @@ class Ledger:
         self.layers: dict[str, Any] = {}
         self.groups: dict[int, Any] = {}
         self.fault: FaultWord | None = None
+        self.plans = SharedPlans()
         self._clock = 0
         self._shape: tuple[Any, ...] = ()
 
@@ -125,7 +130,7 @@ class Ledger:
             for buffer, x in zip(self._kept, (slot, context, exact_from, pack_table), strict=True)
         ]
         slot = kept[0][:, 0] if self.exact_blocks == 1 else kept[0]
-        return Step(kept[1], slot, kept[2], kept[3], fresh)
+        return Step(kept[1], slot, kept[2], kept[3], fresh, self._clock)
 
     def _last_page(self, table: Tensor, tokens: Tensor) -> Tensor:
         column = (tokens - 1).clamp(min=0) // self.block_tokens

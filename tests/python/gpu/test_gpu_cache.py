@@ -9,6 +9,7 @@ import oscar_kv
 import pytest
 import torch
 from oscar_kv import PagedCache, ops
+from oscar_kv.plan import SharedPlans
 
 pytestmark = pytest.mark.skipif(
     not oscar_kv.cuda_available(), reason="no CUDA kernels in this build, or no usable GPU"
@@ -217,3 +218,60 @@ def test_a_graph_of_a_step_can_be_replayed(fed):
     assert replayed.seq_len.tolist() == eager.lengths
     for a, b in zip(replayed.dequantize(), eager.dequantize(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_layers_share_a_plan_in_a_replayed_graph(strict):
+    """The plan is made anew in every replay, for lengths that only the device knows."""
+    _, first = pair(3)
+    feed([first], [120, 40, 1000])
+    second = copy.deepcopy(first)
+    alone = copy.deepcopy(first)
+    for cache in (first, second):
+        cache.reserve(1200)
+    plans = SharedPlans()
+    q = rows(3, Q_HEADS, seed=3).cuda()
+    k, v = rows(3, seed=4).cuda(), rows(3, seed=5).cuda()
+
+    def step(cache, **given):
+        out, _ = cache.attend(q, k, v, scale=0.1, strict=strict, **given)
+        cache.append(k, v)
+        return out
+
+    def layers():
+        return [step(cache, plans=plans) for cache in (first, second)]
+
+    expected = step(alone)
+    for out in layers():
+        assert torch.equal(out, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layers()
+    for cache in (first, second):
+        cache.replayed(-1)  # capturing ran nothing
+    for i in range(80):
+        q.normal_(), k.normal_(), v.normal_()
+        graph.replay()
+        for cache in (first, second):
+            cache.replayed(1)
+        expected = step(alone)
+        for out in captured:
+            assert torch.equal(out, expected), f"step {i}"
+    torch.cuda.synchronize()
+    expected = step(alone)
+    for out in layers():  # behind the graph, with a plan of its own
+        assert torch.equal(out, expected)
+
+
+def test_a_plan_of_another_call_is_refused():
+    _, cache = pair(2)
+    feed([cache], [120, 40])
+    q, k = rows(2, Q_HEADS, seed=3).cuda(), rows(2, seed=4).cuda()
+    start = torch.tensor([0, 1, 2], dtype=torch.int32, device="cuda")
+    layout = (cache.format, cache.window, cache.sinks)
+    given = (cache._arrays(), q, k, k, start, *layout, 0.1, 0.0, 0, None, False)
+    plan = ops.plan_attend(cache._arrays(), start, 2, Q_HEADS, *layout, max_query_len=1)
+    out, _ = ops.attend_over(*given, max_query_len=1, plan=plan)
+    assert torch.equal(out, ops.attend_over(*given, max_query_len=1)[0])
+    with pytest.raises(ValueError, match="plan was made for max_query_len 1, this call has 2"):
+        ops.attend_over(*given, max_query_len=2, plan=plan)
