@@ -13,8 +13,7 @@ namespace oscar::cuda {
 
 inline constexpr int kStepThreads = 256;
 inline constexpr int kStepTiles = kStepThreads / kTileThreads;  // V tiles of a block
-inline constexpr int kRowThreads =
-    128;  // that load and rotate a K tile's rows; the others: weights
+inline constexpr int kRowThreads = 128;  // load and rotate a K tile's rows, the others its weights
 inline constexpr int kFactorsBarrier = 1;
 
 template <typename T, int kHeadDim>
@@ -25,26 +24,15 @@ struct StepShared {
 };
 
 // y of two tokens a lane (place.block) becomes z, in shared memory; returns the norm index of token
-// 2 block + g % 2 of the lane's quad. The order of the sums is that of scale_keys.
+// 2 block + g % 2 of the lane's quad.
 template <int kHeadDim>
 __device__ inline int scale_columns(Rotated<kHeadDim, 1>& y, TileLane place,
                                     FeedbackStep<kHeadDim>& shared) {
   float sums[2];
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
-    float part[2] = {};
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-#pragma unroll
-      for (int line = 0; line < kHeadDim / 16; ++line) {
-        const float value = y[x + line / 2 * 2][0][line % 2 * 2 + b];
-        part[x] = line == 0 ? value * value : part[x] + value * value;
-      }
-      part[x] += __shfl_xor_sync(kAllLanes, part[x], 16);
-    }
-    float sum = part[0] + part[1];
-    sum += __shfl_xor_sync(kAllLanes, sum, 8);
-    sums[b] = sum + __shfl_xor_sync(kAllLanes, sum, 4);
+    sums[b] = sum_of_squares<kHeadDim>(
+        [&](int x, int line) { return y[x + line / 2 * 2][0][line % 2 * 2 + b]; });
   }
   const float own = place.g() % 2 == 0 ? sums[0] : sums[1];
   const int index = norm_index(own * (1.0f / static_cast<float>(kHeadDim)));

@@ -130,27 +130,33 @@ __device__ inline float of_token(float value, int lane, int b) {
   return __shfl_sync(kAllLanes, value, 4 * b + lane % 4);
 }
 
-// y becomes z; returns the norm index of the lane's own token, that of position 4 quad + g % 4. The
-// sum of squares in the lanes' order of the format: channels l, l + 16, ... then l + 8 (g / 4), l +
-// 4 (x), l + 2 and l + 1 (g).
+// A token's sum of squares in the order of the format: channels l, l + 16, ... then l + 8 (g / 4),
+// l + 4 (x), l + 2 and l + 1 (g). value(x, line): of this lane.
+template <int kHeadDim, typename Value>
+__device__ inline float sum_of_squares(const Value& value) {
+  float part[2] = {};
+#pragma unroll
+  for (int x = 0; x < 2; ++x) {
+#pragma unroll
+    for (int line = 0; line < kHeadDim / 16; ++line) {
+      const float own = value(x, line);
+      part[x] = line == 0 ? own * own : part[x] + own * own;
+    }
+    part[x] += __shfl_xor_sync(kAllLanes, part[x], 16);
+  }
+  float sum = part[0] + part[1];
+  sum += __shfl_xor_sync(kAllLanes, sum, 8);
+  return sum + __shfl_xor_sync(kAllLanes, sum, 4);
+}
+
+// y becomes z; returns the norm index of the lane's own token, that of position 4 quad + g % 4.
 template <int kHeadDim>
 __device__ inline int scale_keys(Rotated<kHeadDim>& y, TileLane place) {
   float sums[4];
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
-    float part[2] = {};
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-#pragma unroll
-      for (int line = 0; line < kHeadDim / 16; ++line) {
-        const float value = at<kHeadDim>(y, x, line % 2, line / 2, b);
-        part[x] = line == 0 ? value * value : part[x] + value * value;
-      }
-      part[x] += __shfl_xor_sync(kAllLanes, part[x], 16);
-    }
-    float sum = part[0] + part[1];
-    sum += __shfl_xor_sync(kAllLanes, sum, 8);
-    sums[b] = sum + __shfl_xor_sync(kAllLanes, sum, 4);
+    sums[b] = sum_of_squares<kHeadDim>(
+        [&](int x, int line) { return at<kHeadDim>(y, x, line % 2, line / 2, b); });
   }
   // head_dim is a power of two here: the product is the quotient.
   const int index = norm_index(own_of(sums, place.lane) * (1.0f / static_cast<float>(kHeadDim)));

@@ -65,7 +65,7 @@ __device__ inline RowSums<S> merge_column(const CudaAttendCall& call, const Deco
                                           const char* shared, unsigned members, const ItemEnd& end,
                                           int column, int lane) {
   constexpr int kWarps = S::warps(kArch);
-  constexpr int kTogether = kWarps % 6 == 0 ? 6 : 4;
+  constexpr int kTogether = kWarps % 4 == 0 ? 4 : 6;
   constexpr int kStride = S::kWarpBytes / 4;
   constexpr int kChannels = RowSums<S>::kChannels;
   static_assert(kWarps + 2 <= 32 && kWarps % kTogether == 0);

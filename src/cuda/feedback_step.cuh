@@ -203,17 +203,6 @@ struct StepPart {
 // can arrive twice before the other has waited: errors follow the block they were added to.
 inline constexpr int kErrorsBarrier = 2;
 inline constexpr int kBlockBarrier = 3;
-// compute-sanitizer's racecheck does not follow bar.arrive: with OSCAR_RACECHECK both sides wait.
-__device__ inline void arrive_at(int barrier, int threads) {
-#ifdef OSCAR_RACECHECK
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-#else
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-#endif
-}
-__device__ inline void wait_at(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
 
 // The rounding warp's registers.
 template <int kHeadDim, int kBits>

@@ -16,6 +16,19 @@ namespace oscar::cuda {
 
 inline constexpr int kTileThreads = 2 * kWarp;
 
+// Barrier `barrier` of `threads` threads of a block. compute-sanitizer's racecheck does not follow
+// bar.arrive: with OSCAR_RACECHECK both sides wait.
+__device__ inline void arrive_at(int barrier, int threads) {
+#ifdef OSCAR_RACECHECK
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+#else
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+#endif
+}
+__device__ inline void wait_at(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Place of a lane in its tile.
 struct TileLane {
   int lane;
@@ -25,9 +38,7 @@ struct TileLane {
 
   [[nodiscard]] __device__ int thread() const { return kWarp * warp + lane; }
   // A barrier of the tile's two warps; the whole block's is number 0.
-  __device__ void sync() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(tile + 1), "n"(kTileThreads) : "memory");
-  }
+  __device__ void sync() const { wait_at(tile + 1, kTileThreads); }
 
   [[nodiscard]] __device__ int g() const { return lane / 4; }
   [[nodiscard]] __device__ int q() const { return lane % 4; }

@@ -9,7 +9,8 @@
 // where that gives every warp at most one unit. All units stand in one line, sequence after
 // sequence, item after item, exact before packed, and the blocks take equal parts of it, as their
 // warps do of a block's. Every block makes the plan from seq_len and query_start alone
-// (plan_line.cuh), so a CUDA graph may be replayed with other lengths.
+// (plan_line.cuh), or a kernel has made it for all calls of a step (plan_part.cuh): a CUDA graph may
+// be replayed with other lengths.
 //
 // The consecutive units of one warp that belong to one kind (exact, packed) of one item are a
 // segment and give one partial result: the last one of a warp in its shared memory, an earlier one
