@@ -196,9 +196,10 @@ class PagedCache:
         layout = (self.format, self.window, self.sinks)
         plan = None
         if plans is not None and self.device.type == "cuda":
-            step = (tuple(self.lengths), tuple(self.exact_start), tuple(counts))
-            given = (self._arrays(), (*self._pool_shape, *self.block_table.shape), q, start, layout)
-            plan = StepPlans(plans, step, self).of(*given, sliding_window, strict, max(counts))
+            known = (self.block_table.shape, self.lengths, self.exact_start, counts)
+            given = (self._arrays(), self._pool_shape, q, start, layout)
+            step = StepPlans(plans, tuple(map(tuple, known)), self)
+            plan = step.of(*given, sliding_window, strict, max(counts))
         return ops.attend_over(
             *(self._arrays(), q, k_new, v_new, start),
             *(*layout, scale, softcap, sliding_window, sink_logits, strict),

@@ -25,7 +25,7 @@ _DECODE_QUERIES = 8  # query tokens of a sequence that still take the decode ker
 
 
 class SharedPlans:
-    """The plans of the present step, by what they are made for.
+    """The plans of the present step, one for each kind of layer.
 
     The first layer that ever asks leads: it makes a new plan at every call, so that a CUDA graph
     that captures a step captures its planning, too. The others take the leader's of the same step;
@@ -37,20 +37,21 @@ class SharedPlans:
 
     def plan(
         self,
-        shape: Hashable,
+        kind: Hashable,
         step: Hashable,
         layer: object,
         make: Callable[[], _core.AttendPlan],
     ) -> _core.AttendPlan | None:
-        """The plan for `shape` in `step`, made by `make` if `layer` leads; None if there is none.
+        """The plan of `step` for layers of `kind`, by `make` if `layer` leads; None: there is none.
 
-        step: equal for two calls only if lengths, slots and counts of new tokens are.
+        step: equal for two calls only if lengths, slots and counts of new tokens are. The plan of
+        an earlier step is let go.
         """
-        made = self._made.get(shape)
+        made = self._made.get(kind)
         leader = None if made is None else made.leader()
         if made is None or leader is None or leader is layer:
-            self._made[shape] = _Made(weakref.ref(layer), step, make())
-            return self._made[shape].plan
+            self._made[kind] = _Made(weakref.ref(layer), step, make())
+            return self._made[kind].plan
         return made.plan if made.step == step else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -78,14 +79,13 @@ class StepPlans:
     ) -> _core.AttendPlan | None:
         """The plan of ``attend`` with these arguments; None where it goes without.
 
-        shape: of the arrays, as far as `q` and `layout` (format, window, sinks) do not say it.
+        shape: of the pages, as far as `q` and `layout` (format, window, sinks) do not say it.
         """
         if q.device.type != "cuda" or max_query_len > _DECODE_QUERIES:
             return None
-        options = (sliding_window, strict, max_query_len)
         return self.shared.plan(
-            (shape, q.shape, query_start.shape, layout, options),
-            self.step,
+            (shape, q.shape[1:], layout, sliding_window, strict),
+            (self.step, q.shape[0], query_start.shape[0], max_query_len),
             self.layer,
             lambda: ops.plan_attend(
                 *(arrays, query_start, q.shape[0], q.shape[1], *layout),

@@ -9,8 +9,8 @@
 // where that gives every warp at most one unit. All units stand in one line, sequence after
 // sequence, item after item, exact before packed, and the blocks take equal parts of it, as their
 // warps do of a block's. Every block makes the plan from seq_len and query_start alone
-// (plan_line.cuh), or a kernel has made it for all calls of a step (plan_part.cuh): a CUDA graph may
-// be replayed with other lengths.
+// (plan_line.cuh), or a kernel has made it for all calls of a step (plan_part.cuh): a CUDA graph
+// may be replayed with other lengths.
 //
 // The consecutive units of one warp that belong to one kind (exact, packed) of one item are a
 // segment and give one partial result: the last one of a warp in its shared memory, an earlier one
@@ -213,14 +213,18 @@ __device__ inline int most_units(const DecodePlan& plan, int units, int blocks) 
 
 // Of equal items, as many blocks as give each block whole items, or each item whole blocks, if that
 // takes no longer than all blocks: what blocks share costs a merge through memory, and an item that
-// ends within a warp's part a new start.
+// ends within a warp's part a new start. Where a warp has one unit, as few blocks as that takes:
+// less is shared, and fewer multiprocessors read the code.
 __device__ inline DecodeLine decode_line(const DecodePlan& plan, int units, int items, int level) {
   int blocks = max(min(plan.blocks, units), 1);  // none without units between two that have some
   if (items > 0 && units == divide(units, items) * items) {
+    const int most = most_units(plan, units, blocks);
     const int per_block = divide(items + blocks - 1, blocks);
     const int even =
         items <= blocks ? divide(blocks, items) * items : divide(items + per_block - 1, per_block);
-    if (most_units(plan, units, even) <= most_units(plan, units, blocks)) blocks = even;
+    const int few = items * divide(divide(units, items) + plan.block_warps - 1, plan.block_warps);
+    if (most_units(plan, units, even) <= most) blocks = even;
+    if (most == 1 && few <= blocks) blocks = few;
   }
   const int each = divide(units, blocks);
   return {units, blocks, each, units - each * blocks, level};

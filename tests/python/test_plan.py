@@ -31,26 +31,26 @@ class Maker:
 def test_the_first_layer_plans_and_the_others_follow():
     plans, make, layers = SharedPlans(), Maker(), [Layer() for _ in range(3)]
     for step in (1, 2):
-        assert [plans.plan("shape", step, layer, make) for layer in layers] == [step] * 3
+        assert [plans.plan("kind", step, layer, make) for layer in layers] == [step] * 3
     assert make.made == 2
 
 
 def test_a_plan_of_another_step_is_not_used():
     plans, make, first, second = SharedPlans(), Maker(), Layer(), Layer()
-    assert plans.plan("shape", 1, first, make) == 1
-    assert plans.plan("shape", 2, second, make) is None
+    assert plans.plan("kind", 1, first, make) == 1
+    assert plans.plan("kind", 2, second, make) is None
     assert make.made == 1
 
 
 def test_the_leader_plans_again_in_the_same_step():
     """A graph may be captured of a step that was run before: its planning belongs into it."""
     plans, make, first, second = SharedPlans(), Maker(), Layer(), Layer()
-    plans.plan("shape", 1, first, make)
-    assert plans.plan("shape", 1, first, make) == 2
-    assert plans.plan("shape", 1, second, make) == 2
+    plans.plan("kind", 1, first, make)
+    assert plans.plan("kind", 1, first, make) == 2
+    assert plans.plan("kind", 1, second, make) == 2
 
 
-def test_each_shape_has_its_own_plan():
+def test_each_kind_of_layer_has_its_own_plan():
     plans, make, first, second = SharedPlans(), Maker(), Layer(), Layer()
     assert plans.plan("full", 1, first, make) == 1
     assert plans.plan("sliding", 1, second, make) == 2
@@ -59,18 +59,18 @@ def test_each_shape_has_its_own_plan():
 
 def test_where_the_leader_is_gone_the_next_one_leads():
     plans, make, first, second = SharedPlans(), Maker(), Layer(), Layer()
-    plans.plan("shape", 1, first, make)
+    plans.plan("kind", 1, first, make)
     del first
-    assert plans.plan("shape", 1, second, make) == 2
+    assert plans.plan("kind", 1, second, make) == 2
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_plan_for_themselves(copied):
     plans, make, first = SharedPlans(), Maker(), Layer()
-    plans.plan("shape", 1, first, make)
+    plans.plan("kind", 1, first, make)
     other = copied(plans)
-    assert other.plan("shape", 1, Layer(), make) == 2
-    assert plans.plan("shape", 1, Layer(), make) == 1
+    assert other.plan("kind", 1, Layer(), make) == 2
+    assert plans.plan("kind", 1, Layer(), make) == 1
 
 
 def test_there_are_no_plans_on_the_cpu():
@@ -78,7 +78,7 @@ def test_there_are_no_plans_on_the_cpu():
     cache = PagedCache(1, 2, 64, torch.float32)
     rows, q = torch.randn(1, 2, 64), torch.randn(1, 4, 64)
     start = torch.tensor([0, 1], dtype=torch.int32)
-    given = (cache._arrays(), "shape", q, start, ("k2v2", 32, 4), 0, False, 1)
+    given = (cache._arrays(), "kind", q, start, ("k2v2", 32, 4), 0, False, 1)
     assert StepPlans(plans, 1, layer).of(*given) is None
     out, _ = cache.attend(q, rows, rows, scale=0.125, plans=plans)
     assert torch.equal(out, cache.attend(q, rows, rows, scale=0.125)[0])
