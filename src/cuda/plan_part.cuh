@@ -3,8 +3,7 @@
 //
 // What each warp and each block does of the line of units (plan_line.cuh): the first segment of a
 // warp's part, and the item that a block of the second kernel combines. All layers of a step may
-// share it: plan_attend writes it to memory once (attend_plan.cu), and reading it takes a warp a
-// tenth of the time of finding it.
+// share it: plan_attend writes it to memory once (attend_plan.cu), 128 bytes a warp.
 #pragma once
 
 #include <cstdint>
