@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # The decode kernels of the other formats are the same templates.
-SOURCES = ["append", "attend", "attend_call", "attend_k2v2", "extend", "extend_sm90", "read_bound"]
+SOURCES = ["append", "attend", "attend_call", "attend_k2v2", "attend_plan"]
+SOURCES += ["extend", "extend_sm90", "read_bound"]
 OPTIONS = ["-std=c++20", "-O1", "--expt-relaxed-constexpr", "-Werror=all-warnings", "-ptx"]
 HOST_OPTIONS = "-Xcompiler=-Wall,-Wextra,-Wshadow,-Werror"
 
