@@ -23,7 +23,7 @@ std::size_t decode_workspace_bytes(const Layout& layout, std::int32_t batch_size
     const int slot_columns = static_cast<int>(
         std::min<std::int64_t>(columns, group * std::min<std::int64_t>(query_tokens, 8)));
     const std::int64_t kinds = most_kinds(layout, batch_size, query_tokens, q_heads, columns);
-    const std::int64_t slots = kinds + kinds / 2 + current_device().multiprocessors;
+    const std::int64_t slots = kinds + kinds / 2 + multiprocessors();
     floats = std::max(floats, slots * slot_floats(layout, slot_columns));
   }
   return static_cast<std::size_t>(floats) * sizeof(float);
@@ -48,7 +48,7 @@ void launch_attend_plan(const CudaAttendCall& call, cudaStream_t stream) {
 }
 
 std::size_t decode_plan_bytes() {
-  const auto blocks = static_cast<std::size_t>(current_device().multiprocessors);
+  const auto blocks = static_cast<std::size_t>(multiprocessors());
   return blocks * (kMostDecodeWarps * kPlannedPartBytes + kPlannedItemBytes);
 }
 

@@ -15,18 +15,22 @@ namespace oscar::cuda {
 
 struct Device {
   int multiprocessors = 1;
-  int arch = 900;
+  int arch = 900;  // of the code that runs: a device also takes what was compiled for an older one
 };
 
-// Of the current device; no call that could synchronise.
-inline Device current_device() {
-  int device = 0, major = 0;
-  Device found;
+inline int multiprocessors() {
+  int device = 0, count = 1;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  found.arch = major >= 9 ? 900 : 800;  // what is compiled for it
-  return found;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// Of the current device; no call that could synchronise.
+template <class S>
+Device current_device() {
+  cudaFuncAttributes code{};
+  cudaFuncGetAttributes(&code, attend_decode<S>);
+  return {multiprocessors(), code.ptxVersion >= 90 ? 900 : 800};
 }
 
 // Query columns of an item: as few of 4, 8 and 16 as hold what a sequence has; registers have no
@@ -126,7 +130,7 @@ enum class DecodeLaunch : std::uint8_t { kAttend, kPlan };
 
 template <class S>
 void launch(const CudaAttendCall& call, DecodeLaunch what, cudaStream_t stream) {
-  const Device device = current_device();
+  const Device device = current_device<S>();
   const DecodePlan plan = host_plan<S>(call, device);
   if (what == DecodeLaunch::kPlan) return launch_plan_kernel(call, plan, stream);
   launch_kernels<S>(call, plan, device, stream);
