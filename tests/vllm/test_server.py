@@ -111,7 +111,9 @@ async def one(client, url, limit, tokens, count, cancel_after):
         async for line in reply.aiter_lines():
             if line.startswith("data: {"):
                 # An event may carry several tokens where the client is slower than the engine.
-                came = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
+                event = json.loads(line.removeprefix("data: "))
+                assert "usage" in event, event  # an error, say
+                came = event["usage"]["completion_tokens"]
             if cancel_after is not None and came >= cancel_after:
                 break
     return came
