@@ -96,12 +96,8 @@ class Prepared {
                                 kHeads * kHeadDim,
                                 kHeadDim};
       };
-      const oscar::Status status =
-          oscar::cuda::append(layout_, cache, {case_.batch, query_start_.as<std::int32_t>()},
-                              rows(0), rows(1), oscar::AppendPart::kBoth, stream);
-      if (status.ok()) continue;
-      std::fprintf(stderr, "%s\n", status.message().c_str());
-      std::exit(1);
+      check(oscar::cuda::append(layout_, cache, {case_.batch, query_start_.as<std::int32_t>()},
+                                rows(0), rows(1), oscar::AppendPart::kBoth, stream));
     }
   }
 

@@ -134,17 +134,12 @@ struct Case {
             .seq_len = seq_len.as<std::int32_t>()};
   }
   [[nodiscard]] oscar::Batch batch() const { return {shape.batch, query_start.as<std::int32_t>()}; }
-  static void check_status(const oscar::Status& status) {
-    if (status.ok()) return;
-    std::fprintf(stderr, "%s\n", status.message().c_str());
-    std::exit(1);
-  }
 
   // Once a step, for all layers.
   void make_plan(cudaStream_t stream) {
-    check_status(oscar::cuda::plan_attend(layout, cache(), batch(), query_tokens, q_heads(), {},
-                                          plan_memory.as<void>(), plan_memory.size(), shape.queries,
-                                          stream, plan));
+    check(oscar::cuda::plan_attend(layout, cache(), batch(), query_tokens, q_heads(), {},
+                                   plan_memory.as<void>(), plan_memory.size(), shape.queries,
+                                   stream, plan));
   }
   void attend(cudaStream_t stream) const {
     const std::int64_t dim = shape.head_dim;
@@ -160,7 +155,7 @@ struct Case {
     const oscar::ConstRows k = view(query_tokens * q_heads(), layout.kv_heads);
     const oscar::ConstRows v = view(query_tokens * (q_heads() + layout.kv_heads), layout.kv_heads);
     const oscar::AttendOptions options{.scale = 0.0883883f};
-    check_status(oscar::cuda::attend(
+    check(oscar::cuda::attend(
         layout, cache(), batch(), q, k, v, options,
         {out.as<void>(), DType::kBF16, query_tokens, q_heads(), q_heads() * dim, dim}, nullptr,
         workspace.as<void>(), workspace.size(), shape.queries, stream, &plan));

@@ -15,6 +15,8 @@
 #include <functional>
 #include <vector>
 
+#include "oscar/status.hpp"
+
 namespace oscar::bench {
 
 inline constexpr int kRuns = 30;
@@ -22,6 +24,11 @@ inline constexpr int kRuns = 30;
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(error));
+  std::exit(1);
+}
+inline void check(const oscar::Status& status) {
+  if (status.ok()) return;
+  std::fprintf(stderr, "%s\n", status.message().c_str());
   std::exit(1);
 }
 

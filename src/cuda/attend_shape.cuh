@@ -26,7 +26,7 @@ __host__ __device__ constexpr int shared_limit(int arch) {
   return (arch >= 900 ? 227 : 163) * 1024 - 12288;
 }
 
-// Of the code that is compiled; the host asks the device.
+// Of the code that is compiled; the host asks what that was (current_device).
 #ifdef __CUDA_ARCH__
 inline constexpr int kArch = __CUDA_ARCH__;
 #else

@@ -39,23 +39,6 @@ std::size_t row_bytes(const ConstRows& rows) {
   return size_of(rows.dtype) * static_cast<std::size_t>(rows.tokens * rows.token_stride);
 }
 
-bool same_bits(const Result& a, const Result& b, int head_dim) {
-  const ConstRows x = a.out.view(), y = b.out.view();
-  const std::size_t row = size_of(x.dtype) * static_cast<std::size_t>(head_dim);
-  for (std::int64_t token = 0; token < x.tokens; ++token) {
-    for (std::int64_t head = 0; head < x.heads; ++head) {
-      const std::int64_t at = token * x.token_stride + head * x.head_stride;
-      const auto offset = at * static_cast<std::int64_t>(size_of(x.dtype));
-      if (std::memcmp(static_cast<const std::byte*>(x.data) + offset,
-                      static_cast<const std::byte*>(y.data) + offset, row) != 0) {
-        return false;
-      }
-    }
-  }
-  return a.lse.size() == b.lse.size() &&
-         std::memcmp(a.lse.data(), b.lse.data(), a.lse.size() * sizeof(float)) == 0;
-}
-
 }  // namespace
 
 DeviceMemory::DeviceMemory(std::size_t bytes) : size_(bytes) {
@@ -252,6 +235,23 @@ double cuda_output_tolerance(const AttendShape& shape) {
                         shape.setup.layout.exact_dtype == DType::kBF16 ||
                         shape.out_dtype == DType::kBF16;
   return any_bf16 ? 6e-3 : 2e-3;
+}
+
+bool same_bits(const Result& a, const Result& b, int head_dim) {
+  const ConstRows x = a.out.view(), y = b.out.view();
+  const std::size_t row = size_of(x.dtype) * static_cast<std::size_t>(head_dim);
+  for (std::int64_t token = 0; token < x.tokens; ++token) {
+    for (std::int64_t head = 0; head < x.heads; ++head) {
+      const std::int64_t at = token * x.token_stride + head * x.head_stride;
+      const auto offset = at * static_cast<std::int64_t>(size_of(x.dtype));
+      if (std::memcmp(static_cast<const std::byte*>(x.data) + offset,
+                      static_cast<const std::byte*>(y.data) + offset, row) != 0) {
+        return false;
+      }
+    }
+  }
+  return a.lse.size() == b.lse.size() &&
+         std::memcmp(a.lse.data(), b.lse.data(), a.lse.size() * sizeof(float)) == 0;
 }
 
 void check_attend(AttendShape shape) {

@@ -82,6 +82,9 @@ Result run_attend_cuda(const CacheFixture& fixture, const Call& call, const Rows
                        const AttendOptions& options, DType out_dtype = DType::kF16,
                        int max_query_len = 0, bool planned = false);
 
+// Whether outputs, gaps aside, and log-sum-exps are the same to the bit.
+bool same_bits(const Result& a, const Result& b, int head_dim);
+
 // A call of attend: what is in the cache, how many tokens come, and the options.
 struct AttendShape {
   CacheSetup setup;  // capacity: filled in by `check_attend`
