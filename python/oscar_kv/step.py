@@ -2,14 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step of one attention layer in a serving engine.
 
-Pack the tiles that the step completes, attend, write the newest rows into the exact memory. In this
-order, since a ring slot may still hold a row that an earlier query of the chunk reads. Every query
-reads by position alone (`strict`), so neither the chunks of a prompt nor the batch change what it
-sees.
+Pack the tiles that the step completes, restore the sinks of requests that start after a prefix hit,
+attend, write the newest rows into the exact memory. In this order, since a hit may end in pages
+that another request of the same step packs, and a ring slot may still hold a row that an earlier
+query of the chunk reads. Every query reads by position alone (`strict`), so neither the chunks of a
+prompt nor the batch change what it sees.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,18 +41,22 @@ def run_step(
     out: Tensor,
     *,
     max_query_len: int,
+    restore: Callable[[], None] | None = None,
     fault: FaultWord | None = None,
     plans: StepPlans | None = None,
 ) -> None:
     """Attention of rows (q, k, v) into out ``[tokens, heads, head_dim]``, and the cache after it.
 
     writable: `arrays` with the pages that may be packed into; k, v in the dtype of the exact
-    memory: a token then reads alike in its own chunk and in the next. plans: what the layers of
-    this step share on a CUDA device.
+    memory: a token then reads alike in its own chunk and in the next. restore: writes the sinks of
+    requests that start after a hit, from pages that are all packed by then. plans: what the layers
+    of this step share on a CUDA device.
     """
     q, k, v = rows
     layout = (settings.format, settings.window, settings.sinks)
     ops.append_to(writable, k, v, query_start, *layout, "pack", fault=fault)
+    if restore is not None:
+        restore()
     options = (settings.scale, settings.softcap, 0, None, True)
     plan = None
     if plans is not None:

@@ -193,11 +193,18 @@ class FakeEngine:
             self.impl.forward(self.layer, q, k, v, self.pool, metadata, out)
         return graph, (q, k, v), out
 
+    def schedule(self, request, count):
+        """Blocks for its next tokens; like vLLM, whole ones are found from now on."""
+        while len(request.blocks) * self.block_tokens < request.done + count:
+            request.blocks.append(self._take())
+        for i in range((request.done + count) // self.block_tokens):
+            key = request.tokens[: (i + 1) * self.block_tokens]
+            self.cached.setdefault(key, request.blocks[i])
+
     def step(self, requests, counts, graph=None):
         """Runs the layer; returns (output, what the oracle says), lists of [count, heads, dim]."""
         for request, count in zip(requests, counts, strict=True):
-            while len(request.blocks) * self.block_tokens < request.done + count:
-                request.blocks.append(self._take())
+            self.schedule(request, count)
         rows = [r.oracle.rows(r.done, r.done + n) for r, n in zip(requests, counts, strict=True)]
         q, k, v = (torch.cat([x[i] for x in rows]) for i in range(3))
         metadata = self._metadata(requests, counts)
@@ -213,9 +220,6 @@ class FakeEngine:
         expected = [r.oracle.step(*x) for r, x in zip(requests, rows, strict=True)]
         for request, count in zip(requests, counts, strict=True):
             request.done += count
-            for i in range(request.done // self.block_tokens):
-                key = request.tokens[: (i + 1) * self.block_tokens]
-                self.cached.setdefault(key, request.blocks[i])
         return list(out.cpu().split(counts)), expected
 
     def _metadata(self, requests, counts):

@@ -112,6 +112,20 @@ def test_a_hit_on_blocks_that_the_previous_owner_left_at_the_same_position(monke
     check(*fake.step([second], [40]))
 
 
+@pytest.mark.parametrize("sees", [True, False])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_hit_on_pages_that_another_request_packs_in_the_same_step(monkeypatch, impl, sees):
+    monkeypatch.setattr(OscarMetadataBuilder, "_host_sees_device", sees)
+    fake = engine(monkeypatch, impl)
+    prompt = text(12, 400)
+    first = fake.add(prompt)
+    fake.schedule(first, 300)
+    second = fake.add([*prompt[:290], *text(13, 100)])
+    assert (second.hit, second.done) == (256, 192)
+    check(*fake.step([second, first], [100, 300]))
+    check(*fake.step([second, first], [1, 1]))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("seed", range(6))
 def test_random_schedules(monkeypatch, impl, seed):
@@ -130,6 +144,12 @@ def test_random_schedules(monkeypatch, impl, seed):
             wanted = pick.choice([1, 1, 5, 32, 128 - request.done % 128, 90])
             counts.append(min(wanted, len(request.tokens) - request.done))
         if batch and fake.room(batch, counts):
+            for request, count in zip(list(batch), list(counts), strict=True):
+                fake.schedule(request, count)
+                if len(fake.running) < 6 and len(fake.free) > 14 and pick.random() < 0.3:
+                    other = text(pick.randrange(10**6), 120)
+                    batch.append(fake.add([*request.tokens[:400], *other]))
+                    counts.append(pick.randint(1, 60))
             check(*fake.step(batch, counts))
         for request in list(fake.running):
             # Finished, cancelled, or preempted and started again from the cached prefix.

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class OscarImpl(AttentionImpl):  # type: ignore[misc]
         shape = (tokens, self.num_heads, self.head_size)
         # In the ring's dtype from the start: a token reads alike in its own chunk and in the next.
         k, v = (x[:tokens].to(self.exact_dtype) for x in (key, value))
-        step = attn_metadata.step
+        step, hits = attn_metadata.step, attn_metadata.hits
         run_step(
             self.settings,
             *self._arrays(kv_cache, attn_metadata),
@@ -117,6 +118,7 @@ class OscarImpl(AttentionImpl):  # type: ignore[misc]
             attn_metadata.query_start,
             output[:tokens].view(shape),
             max_query_len=attn_metadata.max_query_len,
+            restore=None if hits is None else partial(self.restore, kv_cache, *hits),
             fault=self.ledger.fault,
             plans=None if step is None else StepPlans(self.ledger.plans, step.number, self),
         )

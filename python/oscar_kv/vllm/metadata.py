@@ -34,7 +34,9 @@ _PAGES = -1  # part of the builder of the pages' group
 class OscarMetadata(AttentionMetadata):
     """One group of one step; only that of the pages reaches a layer.
 
-    step: filled in once all groups have come, before any layer runs.
+    step and hits are filled in once all groups have come, before any layer runs. hits: the page of
+    token 0 and the ring blocks of requests that start after a prefix hit, int64 [hits] and [hits,
+    exact_blocks]: each layer restores their sinks.
     """
 
     tokens: int
@@ -44,6 +46,7 @@ class OscarMetadata(AttentionMetadata):
     block_table: Tensor  # int32 [batch, columns]
     starting: Tensor | None  # bool [batch] on the host: may start with a prefix hit; None: any may
     step: Step | None = None
+    hits: tuple[Tensor, Tensor] | None = None
 
 
 class OscarMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
@@ -120,7 +123,13 @@ class OscarMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         main.step = self._ledger.advance(
             self._main.kv_cache.shape[0], main.block_table, rings, main.query_start, main.seq_len
         )
-        self._restore_sinks(main, main.step)
+        main.hits = self._hits(main, main.step)
+        if main.hits is not None and main.max_query_len == 1:
+            # No layer may run Python now (a CUDA graph), nor is it too early: the page of token 0
+            # is full, and with one token a request nobody fills a page from its start.
+            for layer in self._ledger.layers.values():
+                layer.impl.restore(layer.kv_cache, *main.hits)
+            main.hits = None
         self._report_fault()
 
     def _report_fault(self) -> None:
@@ -134,7 +143,7 @@ class OscarMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
             fault.clear()
             _logger.error("oscar-kv: %s", error)
 
-    def _restore_sinks(self, main: OscarMetadata, step: Step) -> None:
+    def _hits(self, main: OscarMetadata, step: Step) -> tuple[Tensor, Tensor] | None:
         if self._host_sees_device:
             rows = step.fresh.nonzero().flatten()
         elif main.starting is None:
@@ -142,10 +151,8 @@ class OscarMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         else:
             rows = main.starting.nonzero().flatten()
         if rows.numel() == 0:
-            return
+            return None
         rows = rows.to(step.fresh.device, non_blocking=True)
         # Block 0 is nobody's: what is restored there is never read.
         slot = step.slot.view(step.fresh.shape[0], -1)[rows] * step.fresh[rows, None]
-        first = main.block_table[rows, 0].long()
-        for layer in self._ledger.layers.values():
-            layer.impl.restore(layer.kv_cache, first, slot.long())
+        return main.block_table[rows, 0].long(), slot.long()

@@ -4,7 +4,8 @@
 
 Its first tokens were computed by another request, so only their packed copies are there. The
 kernels read sinks from the exact memory: what the codes say is written there once, at the request's
-first step.
+first step. That may be the step that computes the first tokens, too: vLLM lets a request share the
+blocks of another one as soon as that is scheduled.
 """
 
 from __future__ import annotations
