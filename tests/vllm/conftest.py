@@ -1,21 +1,26 @@
 # SPDX-FileCopyrightText: 2026 The oscar-kv authors
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the engines that the tests start."""
+"""Settings of the engines that the tests start: on a CUDA device where there is one."""
 
 import importlib.util
 import os
 import sys
 from pathlib import Path
 
+import oscar_kv
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "engines")]
 
-for name, value in {
+CPU = {
     "VLLM_TARGET_DEVICE": "cpu",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+for name, value in {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
+    **({} if oscar_kv.cuda_available() else CPU),
 }.items():
     os.environ.setdefault(name, value)
 

@@ -8,8 +8,8 @@ options multiplies each embedding by 1 plus so much noise: what rounding alone m
 
 The result holds, of each request, the tokens generated, the last hidden state of every position
 that was computed and the first position computed (after a prefix hit not 0). With several ranks the
-model is in other processes: instead of hidden states there are the log-probabilities of the
-prompt's tokens.
+model is in other processes, and a CUDA graph runs no hooks: instead of hidden states there are the
+log-probabilities of the prompt's tokens. Those of the tokens generated are always there.
 """
 
 from __future__ import annotations
@@ -23,8 +23,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import engine_model
+import oscar_kv
 import torch
 from engine_model import MODEL
+
+ON_CUDA = oscar_kv.cuda_available()
+# Rounding as it differs from run to run, relative: in float32, and in bfloat16 on CUDA devices.
+NOISE = 2**-9 if ON_CUDA else 1e-6
+_OF_DEVICE = {"dtype": "float32"}
+if ON_CUDA:
+    # Little of the device: other engines may run beside.
+    _OF_DEVICE = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30}
+    _OF_DEVICE["gpu_memory_utilization"] = 0.2
+_BACKEND = "OSCAR_KV"  # of packed caches on a CUDA device
 
 # The overlay of vLLM (install.sh), and engine_model.
 _PATH = (os.environ.get("PYTHONPATH"), str(Path(engine_model.__file__).parent))
@@ -32,6 +43,8 @@ _PATH = (os.environ.get("PYTHONPATH"), str(Path(engine_model.__file__).parent))
 
 def run(calls, timeout=900, **engine):
     """The result of a job, run by this file in a new process."""
+    if ON_CUDA and engine.get("kv_cache_dtype", "auto") != "auto":
+        engine.setdefault("attention_backend", _BACKEND)
     with tempfile.TemporaryDirectory() as folder:
         job, result, log = (Path(folder) / name for name in ("job.json", "result.pt", "log"))
         job.write_text(json.dumps({"engine": engine, "calls": calls}))
@@ -77,16 +90,31 @@ class Recorder:
         worker = llm.llm_engine.model_executor.driver_worker
         self.runner = getattr(worker, "worker", worker).model_runner
         self.states = {}
+        self.batch = None  # of the runner that most CUDA devices get, which does not keep it
+        if hasattr(self.runner, "prepare_inputs"):
+            prepare = self.runner.prepare_inputs
+
+            def kept(*arguments, **options):
+                self.batch = prepare(*arguments, **options)
+                return self.batch
+
+            self.runner.prepare_inputs = kept
         self.runner.model.model.norm.register_forward_hook(self.take)
+
+    def order(self):
+        """Names of the batch's requests, their first positions, and where their rows start."""
+        if self.batch is not None:
+            batch = self.batch
+            return batch.req_ids, batch.num_computed_tokens_np, batch.query_start_loc_np
+        batch = self.runner.input_batch
+        return batch.req_ids, batch.num_computed_tokens_cpu, self.runner.query_start_loc.np
 
     def take(self, module, arguments, output):
         """One step: rows of the output belong to the requests in the order of the batch."""
-        batch = self.runner.input_batch
-        start = self.runner.query_start_loc.np
-        for i, name in enumerate(batch.req_ids):
-            first = int(batch.num_computed_tokens_cpu[i])
-            rows = output[0][int(start[i]) : int(start[i + 1])].detach().float()
-            self.states.setdefault(name, []).append((first, rows))
+        names, firsts, start = self.order()
+        for i, name in enumerate(names):
+            rows = output[0][int(start[i]) : int(start[i + 1])].detach().float().cpu()
+            self.states.setdefault(name, []).append((int(firsts[i]), rows))
 
     def hidden(self, name):
         """[positions, hidden_size], NaN where nothing was computed, and the first position."""
@@ -103,15 +131,17 @@ def main(job_path, result_path):
     from vllm import LLM
 
     job = json.loads(Path(job_path).read_text())
-    options = {"dtype": "float32", "max_model_len": 8192, "enforce_eager": True, "seed": 0}
-    perturb = job["engine"].pop("perturb", 0.0)
-    llm = LLM(str(MODEL), disable_log_stats=False, **{**options, **job["engine"]})
-    recorder = Recorder(llm) if job["engine"].get("tensor_parallel_size", 1) == 1 else None
+    options = {"max_model_len": 8192, "enforce_eager": True, "seed": 0, **_OF_DEVICE}
+    options |= job["engine"]
+    perturb = options.pop("perturb", 0.0)
+    llm = LLM(str(MODEL), disable_log_stats=False, **options)
+    seen = options.get("tensor_parallel_size", 1) == 1 and options["enforce_eager"]
+    recorder = Recorder(llm) if seen else None
     if perturb:
         weight = recorder.runner.model.model.embed_tokens.weight
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            weight.mul_(1 + perturb * noise)
+            weight.mul_(1 + perturb * noise.to(weight.device))
     core = llm.llm_engine.engine_core.engine_core
     pool = core.scheduler.kv_cache_manager.block_pool
     free, results = pool.get_num_free_blocks(), []
@@ -135,7 +165,7 @@ def generate(llm, call, recorder):
     """One call: what is recorded of each request."""
     from vllm import SamplingParams, TokensPrompt
 
-    settings = {"temperature": 0, "ignore_eos": True}
+    settings = {"temperature": 0, "ignore_eos": True, "logprobs": 0}
     if recorder is None:
         settings["prompt_logprobs"] = 0
     outputs = llm.generate(
@@ -145,7 +175,10 @@ def generate(llm, call, recorder):
     )
     results = []
     for output in outputs:
-        result = {"tokens": list(output.outputs[0].token_ids)}
+        made = output.outputs[0]
+        pairs = zip(made.token_ids, made.logprobs, strict=True)
+        result = {"tokens": list(made.token_ids)}
+        result["chosen"] = torch.tensor([at[token].logprob for token, at in pairs])
         if recorder is None:
             of_tokens = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
             result["logprobs"] = torch.tensor([at[token].logprob for token, at in of_tokens])

@@ -3,6 +3,9 @@
 """Bytes of a block, sinks out of codes, the ledger, refusals: each part by itself."""
 
 import logging
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from oscar_kv.rotate import channel_signs, hadamard
 from oscar_kv.vllm import register, spec
 from oscar_kv.vllm.cpu import PACKED, OscarCPUBackend, OscarCPUImpl
 from oscar_kv.vllm.ledger import Ledger
+from oscar_kv.vllm.register import cuda_backend
 from oscar_kv.vllm.sinks import unpack_first
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
@@ -193,3 +197,10 @@ def test_registering_twice_and_an_unknown_release(monkeypatch, caplog):
     register()
     logger.removeHandler(caplog.handler)
     assert "0.40.1" in caplog.text
+
+
+def test_the_cuda_backend_reaches_a_process_that_has_not_loaded_the_plugin():
+    read = "import pickle, sys; print(pickle.load(sys.stdin.buffer))"
+    sent = pickle.dumps(cuda_backend())
+    found = subprocess.run([sys.executable, "-c", read], input=sent, capture_output=True)
+    assert found.stdout == b"AttentionBackendEnum.OSCAR_KV\n", found.stderr.decode()[-2000:]

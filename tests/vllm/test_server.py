@@ -45,7 +45,11 @@ def server(tmp_path_factory):
         "--port": str(port),
         "--host": "127.0.0.1",
     }
-    command += [x for pair in options.items() for x in pair] + ["--enforce-eager"]
+    if engine.ON_CUDA:  # with torch.compile and CUDA graphs, as by default
+        options |= {"--attention-backend": "OSCAR_KV", "--gpu-memory-utilization": "0.2"}
+        options["--kv-cache-memory-bytes"] = str(1 << 30)
+    command += [x for pair in options.items() for x in pair]
+    command += [] if engine.ON_CUDA else ["--enforce-eager"]
     with log.open("w") as out:
         process = subprocess.Popen(
             command,

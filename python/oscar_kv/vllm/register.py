@@ -8,11 +8,13 @@ vLLM calls it in the API process, the engine and every worker, perhaps several t
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
 from .spec import DTYPES
 
+CUDA_BACKEND = "OSCAR_KV"
 TESTED = ("0.33",)  # releases of vLLM whose plugin interface this follows
 
 _logger = logging.getLogger("vllm.oscar_kv")
@@ -36,8 +38,20 @@ def _register() -> None:
     if current_platform.is_cpu():
         # The CPU platform has one backend; ours hands everything that is not packed to vLLM's.
         register_backend(AttentionBackendEnum.CPU_ATTN, "oscar_kv.vllm.cpu.OscarCPUBackend")
-    elif "OSCAR_KV" not in AttentionBackendEnum.__members__:
-        register_backend("OSCAR_KV", "oscar_kv.vllm.cuda.OscarBackend")
+    else:
+        cuda_backend()
+
+
+def cuda_backend() -> Any:
+    """OSCAR_KV, a member of vLLM's enumeration of backends, which it becomes at the first call."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if CUDA_BACKEND not in AttentionBackendEnum.__members__:
+        register_backend(CUDA_BACKEND, "oscar_kv.vllm.cuda.OscarBackend")
+        # vLLM sends its configuration to processes that it spawns, and they read it before they
+        # load plugins: the member has to bring itself along.
+        AttentionBackendEnum[CUDA_BACKEND].__reduce_ex__ = lambda protocol: (cuda_backend, ())
+    return AttentionBackendEnum[CUDA_BACKEND]
 
 
 def _check_release() -> None:
