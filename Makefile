@@ -63,7 +63,7 @@ test-arm64: $(STAMPS)/build-tools ## C++ tests for arm64 under qemu; installs bo
 
 python-test: $(STAMPS)/test-package $(STAMPS)/model | cpp-test
 	mkdir -p build
-	$(BIN)/python -m pytest tests/python tests/sglang 2>&1 | tee build/pytest.log
+	$(BIN)/python -m pytest tests/python tests/sglang tests/vllm 2>&1 | tee build/pytest.log
 
 test-vllm: ## the vLLM plugin in a real engine on the CPU; own environment in build/, 6 GiB, half an hour
 	tests/vllm/install.sh $(VLLM_PYTHON) build

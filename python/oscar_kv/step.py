@@ -5,8 +5,9 @@
 Pack the tiles that the step completes, restore the sinks of requests that start after a prefix hit,
 attend, write the newest rows into the exact memory. In this order, since a hit may end in pages
 that another request of the same step packs, and a ring slot may still hold a row that an earlier
-query of the chunk reads. Every query reads by position alone (`strict`), so neither the chunks of a
-prompt nor the batch change what it sees.
+query of the chunk reads. With one token a request it does not, and the cache is written at once:
+what that token replaces in the ring is older than all that it reads exactly. Every query reads by
+position alone (`strict`), so neither the chunks of a prompt nor the batch change what it sees.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def run_step(
     """
     q, k, v = rows
     layout = (settings.format, settings.window, settings.sinks)
-    ops.append_to(writable, k, v, query_start, *layout, "pack", fault=fault)
+    at_once = max_query_len == 1
+    part = "both" if at_once else "pack"
+    ops.append_to(writable, k, v, query_start, *layout, part, fault=fault)
     if restore is not None:
         restore()
     options = (settings.scale, settings.softcap, 0, None, True)
@@ -64,4 +67,5 @@ def run_step(
         plan = plans.of(*given, 0, True, max_query_len)
     call = (arrays, q, k, v, query_start, *layout, *options)
     ops.attend_into(out, None, *call, max_query_len=max_query_len, plan=plan)
-    ops.append_to(arrays, k, v, query_start, *layout, "remember", fault=fault)
+    if not at_once:
+        ops.append_to(arrays, k, v, query_start, *layout, "remember", fault=fault)
