@@ -13,6 +13,7 @@ import random
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import oscar_kv.vllm.attention as attention
 import torch
 from engine_oracle import Oracle
@@ -83,9 +84,10 @@ def make_impl(monkeypatch, config, impl_class, shape, dtype_name, **arguments):
 
 @dataclass
 class Request:
-    """tokens: ids; done: computed; blocks: pages; rings: one block a part."""
+    """tokens: ids, `prompt` of them known at its start; done: computed; rings: a block a part."""
 
     tokens: tuple[int, ...]
+    prompt: int = 0
     done: int = 0
     hit: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -125,6 +127,7 @@ class FakeEngine:
         self.cached = {}  # tokens of whole blocks from the start -> block
         self.running = []
         self.hits = 0
+        self.runner = 1  # of vLLM's model runners; what V2 alone tells a builder
         self.kept = {}
         self.starting = []
 
@@ -156,6 +159,7 @@ class FakeEngine:
         request.hit = len(request.blocks) * self.block_tokens
         request.done = max(request.hit - REPLAY, 0)
         self.hits += request.hit > 0
+        request.prompt = self.random.randint(request.hit + 1, len(tokens))
         request.rings = [self._take() for _ in self.rings]
         hit_and_done = (request.hit, request.done)
         request.oracle = Oracle(self.shape, self.geometry.format, request.tokens, *hit_and_done)
@@ -245,6 +249,8 @@ class FakeEngine:
                 block_table_tensor=self._kept(group, tables[group]),
                 slot_mapping=torch.zeros(start[-1], dtype=torch.int64),
                 seq_lens_cpu_upper_bound=torch.tensor(ends, dtype=torch.int32),
+                is_prefilling=torch.tensor([r.done < r.prompt for r in requests]),
+                req_idx=np.arange(len(requests)) if self.runner == 2 else None,
             )
             built[group] = self.builders[group].build(0, common)
         self.starting = built[0].starting.tolist()

@@ -62,7 +62,9 @@ class CommonAttentionMetadata:
     max_seq_len: int
     block_table_tensor: torch.Tensor
     slot_mapping: torch.Tensor
+    is_prefilling: torch.Tensor | None = None
     seq_lens_cpu_upper_bound: torch.Tensor | None = None
+    req_idx: object = None
 
 
 @dataclass(frozen=True, kw_only=True)

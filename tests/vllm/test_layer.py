@@ -131,6 +131,7 @@ def test_a_hit_on_pages_that_another_request_packs_in_the_same_step(monkeypatch,
 def test_random_schedules(monkeypatch, impl, seed):
     monkeypatch.setattr(OscarMetadataBuilder, "_host_sees_device", seed % 2 == 0)
     fake = engine(monkeypatch, impl, blocks=34, seed=seed)
+    fake.runner = 1 + seed // 2 % 2
     pick = fake.random
     prompts = [text(100 + i, 520) for i in range(3)]
     for _ in range(60):
@@ -187,3 +188,15 @@ def test_the_host_alone_knows_which_rows_may_start_with_a_hit(monkeypatch, impl)
     check(*fake.step([hit, cold], [62, 64]))
     check(*fake.step([hit, cold], [1, 1]))  # and now at a block's end
     assert fake.starting == [False, False]
+
+
+@pytest.mark.parametrize("runner", [1, 2])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_second_runner_knows_that_a_decoding_row_does_not_start(monkeypatch, impl, runner):
+    fake = engine(monkeypatch, impl)
+    fake.runner = runner
+    a, b = fake.add(text(14, 200)), fake.add(text(15, 200))
+    a.prompt = b.prompt = 100
+    check(*fake.step([a, b], [128, 60]))
+    check(*fake.step([b, a], [1, 1]))  # a stands at a block's end, in another row than before
+    assert fake.starting == [False, runner == 1]

@@ -54,7 +54,7 @@ def test_sinks_out_of_codes_equal_the_library(format, head_dim):
     dense = [torch.zeros(1, 2, 64, head_dim) for _ in range(2)]
     _core.dequantize(cache._arrays(), *dense, format, 0, 0)
     found = unpack_first(cache.pool.storage[0, :, 0], head_dim, format)
-    for x, wanted in zip(found, dense, strict=True):
+    for x, wanted in zip(found.unbind(-3), dense, strict=True):
         x = hadamard(x) * channel_signs(head_dim)
         torch.testing.assert_close(x, wanted[0, :, : spec.SINKS], rtol=1e-4, atol=1e-4)
 

@@ -101,7 +101,8 @@ class OscarMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     def _starting(self, common: CommonAttentionMetadata) -> Tensor | None:
         """What the host knows without the device: a hit ends at a block, less what is replayed.
 
-        A request of one token that stands where its row ended the last time just goes on.
+        A request of one token that stands where its row ended the last time just goes on, and so
+        does one that decodes (model runner V2 tells it; V1 counts a resumed request as decoding).
         """
         known = common.seq_lens_cpu_upper_bound
         if known is None:
@@ -115,7 +116,11 @@ class OscarMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         before[:same] = self._ends[:same]
         self._ends = end
         at_hit = (context % block == 0) | (context % block == block - REPLAY)
-        return (context > 0) & at_hit & ((count > 1) | (context != before))
+        at_hit &= (context > 0) & ((count > 1) | (context != before))
+        if common.req_idx is not None and common.is_prefilling is not None:
+            prefilling = common.is_prefilling[:requests]
+            at_hit[: prefilling.shape[0]] &= prefilling  # the rows behind are padding
+        return at_hit
 
     def _join(self, groups: dict[int, OscarMetadata]) -> None:
         main = groups[_PAGES]
