@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from oscar_kv import PagedCache, _core, ops
-from oscar_kv.vllm.spec import SINKS, WINDOW
+from oscar_kv.serving.layout import SINKS, WINDOW
 
 
 class Oracle:

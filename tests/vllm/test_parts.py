@@ -12,11 +12,12 @@ import torch
 from harness import fake_config, make_impl
 from oscar_kv import PagedCache, _core
 from oscar_kv.rotate import channel_signs, hadamard
+from oscar_kv.serving.layout import DTYPES, SINKS, token_bytes
+from oscar_kv.serving.sinks import unpack_first
 from oscar_kv.vllm import register, spec
 from oscar_kv.vllm.cpu import PACKED, OscarCPUBackend, OscarCPUImpl
 from oscar_kv.vllm.ledger import Ledger
 from oscar_kv.vllm.register import cuda_backend
-from oscar_kv.vllm.sinks import unpack_first
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
 
@@ -34,7 +35,7 @@ def test_exact_copies_fit_into_their_blocks(format, head_dim, block_tokens):
 
 
 def test_blocks_of_the_default_format():
-    assert [spec.token_bytes(dim, "k2v2") for dim in (64, 128, 256)] == [37, 72, 140]
+    assert [token_bytes(dim, "k2v2") for dim in (64, 128, 256)] == [37, 72, 140]
     blocks = [spec.Geometry("k2v2", 8, 128, n).exact_blocks for n in spec.BLOCK_TOKENS]
     assert blocks == [4, 2, 1]
 
@@ -56,7 +57,7 @@ def test_sinks_out_of_codes_equal_the_library(format, head_dim):
     found = unpack_first(cache.pool.storage[0, :, 0], head_dim, format)
     for x, wanted in zip(found.unbind(-3), dense, strict=True):
         x = hadamard(x) * channel_signs(head_dim)
-        torch.testing.assert_close(x, wanted[0, :, : spec.SINKS], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x, wanted[0, :, :SINKS], rtol=1e-4, atol=1e-4)
 
 
 def step(ledger, rings, table, context, end):
@@ -190,7 +191,7 @@ def test_registering_twice_and_an_unknown_release(monkeypatch, caplog):
     register()
     from vllm.config.cache import KV_CACHE_DTYPES
 
-    assert [name for name in KV_CACHE_DTYPES if name.startswith("oscar")] == list(spec.DTYPES)
+    assert [name for name in KV_CACHE_DTYPES if name.startswith("oscar")] == list(DTYPES)
     monkeypatch.setattr("vllm.version.__version__", "0.40.1")
     logger = logging.getLogger("vllm.oscar_kv")
     logger.addHandler(caplog.handler)

@@ -19,9 +19,9 @@ from ..auto_balance import balance_file
 from ..device import FaultWord
 from ..measured import Measured, Rank
 from ..plan import SharedPlans, StepPlans
-from ..step import LayerSettings, run_step
-from ..vllm.sinks import restore_sinks
-from ..vllm.spec import SINKS, WINDOW
+from ..serving.layout import SINKS, WINDOW
+from ..serving.sinks import restore_sinks
+from ..serving.step import LayerSettings, run_step
 from .pool import OscarPool
 from .refuse import check_layer
 from .slots import Slots, Step
@@ -112,7 +112,7 @@ class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
     def _restore_sinks(self, step: Step) -> None:
         if not step.hits:
             return
-        hits = torch.tensor(step.hits).to(self.device)
+        hits = torch.tensor(step.hits).to(self.device, non_blocking=True)
         first, slot = step.table[hits, 0].long(), step.slot[hits].long()[:, None]
         for index in range(self.pool.layer_num):
             layer = self.pool.start_layer + index

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ..vllm.spec import exact_dtype, format_of
+from ..serving.layout import exact_dtype, format_of
 from .refuse import check_engine
 
 # Each slot holds exact copies, so SGLang's own default of 2048 and more would be gigabytes.

@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.memory_pool import KVCache
 from torch import Tensor
 
 from .. import _core
-from ..vllm.spec import SINKS, TILE_TOKENS, WINDOW, token_bytes
+from ..serving.layout import SINKS, TILE_TOKENS, WINDOW, token_bytes
 
 
 @dataclass(frozen=True)

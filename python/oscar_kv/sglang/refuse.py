@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..vllm.spec import TILE_TOKENS, token_bytes
+from ..serving.layout import TILE_TOKENS, token_bytes
 
 MAX_GQA = 16
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..vllm.spec import DTYPES, format_of
+from ..serving.layout import DTYPES, format_of
 
 TESTED = ("0.5.23",)  # releases of SGLang whose interfaces this follows
 BACKENDS = DTYPES  # oscar_k2v2 and so on

@@ -54,6 +54,10 @@ class Slots:
     def _int32(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self._device)
 
+    def _sent(self, on_host: Tensor) -> Tensor:
+        """On the device, without waiting for what it is doing."""
+        return on_host.to(self._device, non_blocking=True)
+
     def reserve(self, batch: int) -> None:
         """Room for so many rows in a batch; before the first step."""
         self._kept = (
@@ -85,11 +89,11 @@ class Slots:
         new = self._generation[here] != self._known[here]
         self._known[here] = self._generation[here]
         hits = [i for i, starts in enumerate(new.tolist()) if starts and context[i] > 0]
-        before = torch.tensor(context, dtype=torch.int32).to(self._device)
-        starts = new.to(self._device)
+        before = self._sent(torch.tensor(context, dtype=torch.int32))
+        starts = self._sent(new)
         for kept in (self._exact_from, self._end):
             kept[rows] = torch.where(starts, before, kept[rows])
-        query_start = torch.tensor([0, *counts]).cumsum(0).to(self._device)
+        query_start = self._sent(torch.tensor([0, *counts]).cumsum(0))
         return self._advance(rows, before, end, query_start, max(counts), hits)
 
     def _advance(

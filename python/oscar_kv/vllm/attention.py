@@ -14,14 +14,15 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from .. import _core
 from ..plan import StepPlans
-from ..step import LayerSettings, run_step
+from ..serving.layout import SINKS, WINDOW, exact_dtype, format_of
+from ..serving.sinks import restore_sinks
+from ..serving.step import LayerSettings, run_step
 from .ledger import Ledger
 from .measured import measured_of_layer
 from .metadata import OscarMetadata
 from .refuse import check_cache, check_engine, check_layer
 from .ring import insert_rings, planned_block_tokens
-from .sinks import restore_sinks
-from .spec import SINKS, WINDOW, Geometry, exact_dtype, format_of
+from .spec import Geometry
 
 _StepArrays = tuple[_core.CacheArrays, _core.CacheArrays]
 

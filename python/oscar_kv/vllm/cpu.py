@@ -8,10 +8,10 @@ from typing import Any
 
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
+from ..serving.layout import DTYPES, format_of
 from .attention import OscarImpl
 from .metadata import OscarMetadataBuilder
 from .pages import PackedPages
-from .spec import DTYPES, format_of
 
 
 class OscarCPUBackend(CPUAttentionBackend):  # type: ignore[misc]

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
 
+from ..serving.layout import DTYPES
 from .attention import OscarImpl
 from .metadata import OscarMetadataBuilder
 from .pages import PackedPages
-from .spec import BLOCK_TOKENS, DTYPES
+from .spec import BLOCK_TOKENS
 
 
 class OscarBackend(PackedPages, AttentionBackend):  # type: ignore[misc]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..device import FaultWord
 from ..plan import SharedPlans
-from .spec import TILE_TOKENS
+from ..serving.layout import TILE_TOKENS
 
 _ROWS = 1 << 20  # more than a batch has requests
 

@@ -11,7 +11,8 @@ import torch
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
-from .spec import DEFAULT_BLOCK_TOKENS, TILE_TOKENS, token_bytes
+from ..serving.layout import TILE_TOKENS, token_bytes
+from .spec import DEFAULT_BLOCK_TOKENS
 
 
 class PackedPages:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .spec import BLOCK_TOKENS, Geometry, token_bytes
+from ..serving.layout import token_bytes
+from .spec import BLOCK_TOKENS, Geometry
 
 MAX_GQA = 16
 

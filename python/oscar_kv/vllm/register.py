@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .spec import DTYPES
+from ..serving.layout import DTYPES
 
 CUDA_BACKEND = "OSCAR_KV"
 TESTED = ("0.33",)  # releases of vLLM whose plugin interface this follows

@@ -17,33 +17,12 @@ import torch
 from torch import Tensor
 
 from .. import _core
+from ..serving.layout import SINKS, TILE_TOKENS, WINDOW, token_bytes
 
-PREFIX = "oscar_"
-DTYPES = tuple(PREFIX + name for name in _core.formats())
-TILE_TOKENS = 32
-WINDOW = 32  # newest tokens read exactly, on top of the open tile
-SINKS = 4
 REPLAY = 64  # tokens of a prefix hit that are computed again: what a query may read exactly
 BLOCK_TOKENS = (128, 256, 512)
 DEFAULT_BLOCK_TOKENS = 128
 _EXACT_BYTES = 2  # of an element of the exact copies
-
-
-def format_of(kv_cache_dtype: str | None) -> str | None:
-    """The format that a ``--kv-cache-dtype`` names, None where it is not one of ours."""
-    if kv_cache_dtype in DTYPES:
-        return kv_cache_dtype.removeprefix(PREFIX)
-    return None
-
-
-def token_bytes(head_dim: int, format: str) -> int:
-    """Bytes of one token and KV head; NotImplementedError for a head_dim without a format."""
-    return int(_core.tile_bytes(head_dim, format)) // TILE_TOKENS
-
-
-def exact_dtype(model_dtype: torch.dtype) -> torch.dtype:
-    """dtype of the exact copies: that of a 16-bit model, bfloat16 for float32."""
-    return torch.bfloat16 if model_dtype == torch.float32 else model_dtype
 
 
 @dataclass(frozen=True)

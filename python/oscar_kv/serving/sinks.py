@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..rotate import channel_signs, hadamard
-from .spec import SINKS, TILE_TOKENS
+from .layout import SINKS, TILE_TOKENS
 
 _BITS = {"k2v2": (2, 2), "k4v2": (4, 2), "k4v4": (4, 4)}
 _K, _V = 0, 1
@@ -95,9 +95,8 @@ def unpack_first(tiles: Tensor, head_dim: int, format: str) -> Tensor:
     # The top bits of the norms, position 0 first, are two bf16 numbers.
     units = (tiles[..., tile.norms].unflatten(-1, (4, 8)) >> 7 << tile.places).sum(-1)
     steps = tile.steps[:, tiles[..., tile.params].long()]  # [2, ..., head_dim]
-    scale, mid = (
-        steps * units.to(torch.uint8).view(torch.bfloat16).float().movedim(-1, 0)[..., None]
-    )
+    limits = units.to(torch.uint8).view(torch.bfloat16).float()
+    scale, mid = steps * limits.movedim(-1, 0)[..., None]
     k = mid[..., None, :] + scale[..., None, :] * codes[..., _K, :, :]
     v = tiles[..., tile.v_mid].view(torch.int8) / 64 + codes[..., _V, :, :]
     return torch.stack([k, v], dim=-3) * levels
@@ -108,7 +107,8 @@ def restore_sinks(
 ) -> None:
     """Writes the sinks of requests into their exact memory, as their packed copies read.
 
-    pages, exact: of spec.py; first int64 ``[requests]``: page of token 0; slot int64 ``[requests,
+    pages uint8 ``[pages, kv_heads, tiles, tile_bytes]``; exact ``[slots, planes, kv_heads, rows,
+    head_dim]``; first int64 ``[requests]``: page of token 0; slot int64 ``[requests,
     exact_blocks]``; balance float32 ``[kv_heads, head_dim]`` or None.
     """
     head_dim = exact.shape[-1]

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import _core, ops
-from .device import FaultWord
-from .plan import StepPlans
+from .. import _core, ops
+from ..device import FaultWord
+from ..plan import StepPlans
 
 
 @dataclass(frozen=True)
