@@ -153,11 +153,12 @@ DType row_dtype(const char* name, const nb::dlpack::dtype& dtype) {
           .c_str());
 }
 
-ConstRows const_rows(const char* name, const Array& array, Device device, std::int64_t head_dim) {
+ConstRows const_rows(const char* name, const ConstArgument& array, Device device,
+                     std::int64_t head_dim) {
   return rows<ConstRows>(name, array, device, head_dim);
 }
 
-MutableRows mutable_rows(const char* name, const MutableArray& array, Device device,
+MutableRows mutable_rows(const char* name, const MutableArgument& array, Device device,
                          std::int64_t head_dim) {
   return rows<MutableRows>(name, array, device, head_dim);
 }
@@ -166,7 +167,17 @@ void require_device(const char* name, const MutableArray& array, Device device) 
   require_on(name, array, device);
 }
 
+void require_device(const char* name, const MutableArgument& array, Device device) {
+  require_on(name, array, device);
+}
+
 const std::int32_t* i32(const char* name, const Array& array, Device device,
+                        std::initializer_list<std::int64_t> shape) {
+  require(name, array, device, nb::dtype<std::int32_t>(), shape);
+  return static_cast<const std::int32_t*>(array.data());
+}
+
+const std::int32_t* i32(const char* name, const ConstArgument& array, Device device,
                         std::initializer_list<std::int64_t> shape) {
   require(name, array, device, nb::dtype<std::int32_t>(), shape);
   return static_cast<const std::int32_t*>(array.data());
@@ -178,7 +189,13 @@ const float* f32(const char* name, const Array& array, Device device,
   return static_cast<const float*>(array.data());
 }
 
-float* f32(const char* name, const MutableArray& array, Device device,
+const float* f32(const char* name, const ConstArgument& array, Device device,
+                 std::initializer_list<std::int64_t> shape) {
+  require(name, array, device, nb::dtype<float>(), shape);
+  return static_cast<const float*>(array.data());
+}
+
+float* f32(const char* name, const MutableArgument& array, Device device,
            std::initializer_list<std::int64_t> shape) {
   require(name, array, device, nb::dtype<float>(), shape);
   return static_cast<float*>(array.data());

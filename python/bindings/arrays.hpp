@@ -14,16 +14,18 @@
 #include <optional>
 #include <string>
 
+#include "argument.hpp"
 #include "oscar/cache.hpp"
 #include "oscar/status.hpp"
 #include "oscar/tensor.hpp"
 
 namespace oscar::python {
 
-namespace nb = nanobind;
-using Array = nb::ndarray<nb::ro>;
+using Array = nb::ndarray<nb::ro>;  // kept beyond a call
 using OptionalArray = std::optional<Array>;
 using MutableArray = nb::ndarray<>;
+using ConstArgument = Argument<false>;
+using MutableArgument = Argument<true>;
 
 [[noreturn]] void raise(const Status& status);
 inline void check(const Status& status) {
@@ -45,20 +47,26 @@ struct Device {
 inline constexpr Device kCpu;
 
 // [tokens, heads, head_dim] with head_dim contiguous.
-ConstRows const_rows(const char* name, const Array& array, Device device, std::int64_t head_dim);
-MutableRows mutable_rows(const char* name, const MutableArray& array, Device device,
+ConstRows const_rows(const char* name, const ConstArgument& array, Device device,
+                     std::int64_t head_dim);
+MutableRows mutable_rows(const char* name, const MutableArgument& array, Device device,
                          std::int64_t head_dim);
 
 // A contiguous array of exactly this dtype and shape; -1 in `shape` takes any extent.
 const std::int32_t* i32(const char* name, const Array& array, Device device,
                         std::initializer_list<std::int64_t> shape);
+const std::int32_t* i32(const char* name, const ConstArgument& array, Device device,
+                        std::initializer_list<std::int64_t> shape);
 const float* f32(const char* name, const Array& array, Device device,
                  std::initializer_list<std::int64_t> shape);
-float* f32(const char* name, const MutableArray& array, Device device,
+const float* f32(const char* name, const ConstArgument& array, Device device,
+                 std::initializer_list<std::int64_t> shape);
+float* f32(const char* name, const MutableArgument& array, Device device,
            std::initializer_list<std::int64_t> shape);
 
 // TypeError unless the array is on `device`.
 void require_device(const char* name, const MutableArray& array, Device device);
+void require_device(const char* name, const MutableArgument& array, Device device);
 
 // The arrays of one layer, and what they say about the layout.
 struct CacheArrays {

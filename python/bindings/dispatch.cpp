@@ -30,7 +30,7 @@ std::size_t attend_workspace_bytes_on(Device device, const Layout& layout, std::
 
 Status attend_on(const CacheArguments& cache, const Batch& batch, const ConstRows& q,
                  const ConstRows& k_new, const ConstRows& v_new, const AttendOptions& options,
-                 const MutableRows& out, float* lse, const MutableArray& workspace,
+                 const MutableRows& out, float* lse, const MutableArgument& workspace,
                  const Launch& launch, const cuda::AttendPlan* plan) {
   if (cache.device.is_cpu()) {
     return attend(cache.layout, cache.view, batch, q, k_new, v_new, options, out, lse,
@@ -88,8 +88,8 @@ std::size_t attend_workspace_bytes_on(Device, const Layout& layout, std::int32_t
 
 Status attend_on(const CacheArguments& cache, const Batch& batch, const ConstRows& q,
                  const ConstRows& k_new, const ConstRows& v_new, const AttendOptions& options,
-                 const MutableRows& out, float* lse, const MutableArray& workspace, const Launch&,
-                 const cuda::AttendPlan*) {
+                 const MutableRows& out, float* lse, const MutableArgument& workspace,
+                 const Launch&, const cuda::AttendPlan*) {
   if (!cache.device.is_cpu()) return no_kernels();
   return attend(cache.layout, cache.view, batch, q, k_new, v_new, options, out, lse,
                 workspace.data(), workspace.nbytes());

@@ -34,7 +34,7 @@ std::size_t attend_workspace_bytes_on(Device device, const Layout& layout, std::
 
 Status attend_on(const CacheArguments& cache, const Batch& batch, const ConstRows& q,
                  const ConstRows& k_new, const ConstRows& v_new, const AttendOptions& options,
-                 const MutableRows& out, float* lse, const MutableArray& workspace,
+                 const MutableRows& out, float* lse, const MutableArgument& workspace,
                  const Launch& launch, const cuda::AttendPlan* plan);
 
 // A plan in `memory`, on a CUDA device.

@@ -29,8 +29,8 @@ AppendPart parse_part(const std::string& part) {
   throw nb::value_error(("part is '" + part + "', must be both, pack or remember").c_str());
 }
 
-void append_rows(const CacheArrays& arrays, const Array& k, const Array& v,
-                 const Array& query_start, const std::string& format, std::int32_t window,
+void append_rows(const CacheArrays& arrays, const ConstArgument& k, const ConstArgument& v,
+                 const ConstArgument& query_start, const std::string& format, std::int32_t window,
                  std::int32_t sinks, const std::string& part, const Launch& launch) {
   const CacheArguments cache = cache_arguments(arrays, format, window, sinks);
   const AppendPart which = parse_part(part);
@@ -46,11 +46,11 @@ void append_rows(const CacheArrays& arrays, const Array& k, const Array& v,
 }
 
 struct AttendArrays {
-  Array q, k_new, v_new, query_start;
-  OptionalArray sink_logits;
-  MutableArray out;
-  OptionalArray lse;
-  MutableArray workspace;
+  const ConstArgument &q, &k_new, &v_new, &query_start;
+  const std::optional<ConstArgument>& sink_logits;
+  const MutableArgument& out;
+  const std::optional<MutableArgument>& lse;
+  const MutableArgument& workspace;
 };
 
 // Keeps the memory that it describes.
@@ -74,7 +74,7 @@ void attend_rows(const CacheArrays& arrays, const AttendArrays& call, const std:
     options.sink_logits = f32("sink_logits", *call.sink_logits, device, {q.heads});
   }
   float* lse = nullptr;
-  if (call.lse) lse = const_cast<float*>(f32("lse", *call.lse, device, {q.tokens, q.heads}));
+  if (call.lse) lse = f32("lse", *call.lse, device, {q.tokens, q.heads});
   require_device("workspace", call.workspace, device);
   if (plan != nullptr) require_device("plan", plan->memory, device);
   Status status;
@@ -86,7 +86,7 @@ void attend_rows(const CacheArrays& arrays, const AttendArrays& call, const std:
   check(status);
 }
 
-Plan plan_rows(const CacheArrays& arrays, const Array& query_start, MutableArray memory,
+Plan plan_rows(const CacheArrays& arrays, const ConstArgument& query_start, MutableArray memory,
                std::int64_t query_tokens, std::int32_t q_heads, const std::string& format,
                std::int32_t window, std::int32_t sinks, const AttendOptions& options,
                const Launch& launch) {
@@ -114,8 +114,8 @@ std::size_t workspace_bytes(const CacheArrays& arrays, std::int64_t query_tokens
 
 // k_out, v_out f32 [batch, kv_heads, max_len, head_dim]: what the next query reads of every cached
 // token, in the original basis. Rows beyond a sequence's length are left alone.
-void dequantize_rows(const CacheArrays& arrays, const MutableArray& k_out,
-                     const MutableArray& v_out, const std::string& format, std::int32_t window,
+void dequantize_rows(const CacheArrays& arrays, const MutableArgument& k_out,
+                     const MutableArgument& v_out, const std::string& format, std::int32_t window,
                      std::int32_t sinks) {
   const CacheArguments cache = cache_arguments(arrays, format, window, sinks);
   const Layout& layout = cache.layout;
@@ -166,24 +166,24 @@ NB_MODULE(_core, m) {
 
   m.def(
       "append",
-      [](const CacheArrays& cache, const Array& k, const Array& v, const Array& query_start,
-         const std::string& format, std::int32_t window, std::int32_t sinks,
-         const std::string& part, std::uintptr_t stream, std::uintptr_t fault) {
+      [](const CacheArrays& cache, const ConstArgument& k, const ConstArgument& v,
+         const ConstArgument& query_start, const std::string& format, std::int32_t window,
+         std::int32_t sinks, const std::string& part, std::uintptr_t stream, std::uintptr_t fault) {
         append_rows(cache, k, v, query_start, format, window, sinks, part, {stream, fault, 0});
       },
       "cache"_a, "k"_a, "v"_a, "query_start"_a, "format"_a, "window"_a, "sinks"_a, "part"_a,
       "stream"_a = 0, "fault"_a = 0);
   m.def(
       "attend",
-      [](const CacheArrays& cache, Array q, Array k_new, Array v_new, Array query_start,
-         MutableArray out, OptionalArray lse, MutableArray workspace, const std::string& format,
-         std::int32_t window, std::int32_t sinks, float scale, float softcap,
-         std::int32_t sliding_window, OptionalArray sink_logits, bool strict, std::uintptr_t stream,
+      [](const CacheArrays& cache, const ConstArgument& q, const ConstArgument& k_new,
+         const ConstArgument& v_new, const ConstArgument& query_start, const MutableArgument& out,
+         const std::optional<MutableArgument>& lse, const MutableArgument& workspace,
+         const std::string& format, std::int32_t window, std::int32_t sinks, float scale,
+         float softcap, std::int32_t sliding_window,
+         const std::optional<ConstArgument>& sink_logits, bool strict, std::uintptr_t stream,
          std::int32_t max_query_len, const Plan* plan) {
-        attend_rows(cache,
-                    {std::move(q), std::move(k_new), std::move(v_new), std::move(query_start),
-                     std::move(sink_logits), std::move(out), std::move(lse), std::move(workspace)},
-                    format, window, sinks, {scale, softcap, sliding_window, nullptr, strict},
+        attend_rows(cache, {q, k_new, v_new, query_start, sink_logits, out, lse, workspace}, format,
+                    window, sinks, {scale, softcap, sliding_window, nullptr, strict},
                     {stream, 0, max_query_len}, plan);
       },
       "cache"_a, "q"_a, "k_new"_a, "v_new"_a, "query_start"_a, "out"_a, "lse"_a.none(),
@@ -194,7 +194,7 @@ NB_MODULE(_core, m) {
   m.def("attend_plan_bytes", &attend_plan_bytes_on_device);
   m.def(
       "plan_attend",
-      [](const CacheArrays& cache, const Array& query_start, MutableArray memory,
+      [](const CacheArrays& cache, const ConstArgument& query_start, MutableArray memory,
          std::int64_t query_tokens, std::int32_t q_heads, const std::string& format,
          std::int32_t window, std::int32_t sinks, std::int32_t sliding_window, bool strict,
          std::uintptr_t stream, std::int32_t max_query_len) {

@@ -36,8 +36,7 @@ written.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,11 +60,6 @@ _LIBRARY.define(
 
 _APPEND_OPTIONS = 4  # between query_start and feedback
 _ATTEND_OPTIONS = 8  # between query_start and max_query_len
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    # DLPack refuses tensors that require grad; these ops have no backward.
-    return tensor.detach() if tensor.requires_grad else tensor
 
 
 @torch.library.impl(_LIBRARY, "append", "CPU")
@@ -136,19 +130,22 @@ def _attend_cuda(q: Tensor, k_new: Tensor, v_new: Tensor, *arguments: Any) -> tu
         return attend_over(arrays, *rows, *options[:_ATTEND_OPTIONS], max_query_len=bound)
 
 
-@contextlib.contextmanager
-def current_device(device: torch.device) -> Iterator[None]:
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def current_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """`device` as torch's current one: DLPack and kernel launches ask for it."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        yield
-        return
-    with torch.cuda.device(device):
-        yield
+        return _AS_IT_IS
+    return cast("contextlib.AbstractContextManager[None]", torch.cuda.device(device))
 
 
 def _stream(device: torch.device) -> int:
     """torch's current stream of a CUDA device as an integer; 0 for the CPU."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    # What torch.cuda.current_stream looks up, without an object for it: twice a layer and step.
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
 def append_to(
@@ -160,13 +157,12 @@ def append_to(
     fault: FaultWord | None = None,
 ) -> None:
     """``append`` on arrays that were handed over before: saves their conversion at every step."""
-    rows = (_detached(k), _detached(v))
-    if k.device.type == "cuda":
-        rows = (_aligned(rows[0]), _aligned(rows[1]))
+    k, v = _readable(k), _readable(v)
     address = 0 if fault is None else fault.address
-    with current_device(k.device):
-        launch: tuple[Any, ...] = (*options, _stream(k.device), address)
-        _core.append(arrays, *rows, query_start, *launch)
+    device = k.device
+    with current_device(device):
+        launch: tuple[Any, ...] = (*options, _stream(device), address)
+        _core.append(arrays, k, v, query_start, *launch)
 
 
 def attend_over(
@@ -233,13 +229,12 @@ def attend_into(
     plan: _core.AttendPlan | None = None,
 ) -> None:
     """``attend_over`` into the caller's output (any strides) and log-sum-exp or None."""
-    rows = (_detached(q), _detached(k_new), _detached(v_new))
-    if q.device.type == "cuda":
-        rows = (_aligned(rows[0]), _aligned(rows[1]), _aligned(rows[2]))
-    with current_device(q.device):
+    rows = (_readable(q), _readable(k_new), _readable(v_new))
+    device = q.device
+    with current_device(device):
         size = arrays.attend_workspace_bytes(q.shape[0], q.shape[1], max_query_len)
-        workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
-        launch: tuple[Any, ...] = (*options, _stream(q.device), max_query_len, plan)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        launch = (*options, _stream(device), max_query_len, plan)
         _core.attend(arrays, *rows, query_start, out, lse, workspace, *launch)
 
 
@@ -249,8 +244,12 @@ def cuda_read_bytes(array: Tensor, total: Tensor) -> None:
         _core.cuda_read_bytes(array, total, _stream(array.device))
 
 
-def _aligned(rows: Tensor) -> Tensor:
-    """Rows that kernels can read 16 bytes at a time: almost always `rows` itself."""
+def _readable(rows: Tensor) -> Tensor:
+    """Rows as the bindings take them, on CUDA devices such as kernels read 16 bytes at a time."""
+    if rows.requires_grad:
+        rows = rows.detach()  # DLPack refuses it else; these ops have no backward
+    if not rows.is_cuda:
+        return rows
     per_access = 16 // rows.element_size()
     strides = rows.stride()
     whole = not any(stride % per_access for stride in strides[:-1])

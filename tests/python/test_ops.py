@@ -287,3 +287,37 @@ def test_requires_grad_is_accepted():
     q, k, v = new_rows(1)
     out, _ = cache.attend(q.requires_grad_(), k, v, scale=1.0)
     assert out.isfinite().all()
+
+
+class Renamed(torch.Tensor):
+    """A type of its own, which does not publish DLPack's C functions."""
+
+
+@pytest.mark.parametrize("kind", ["numpy", "parameter", "subclass", "part"])
+def test_arrays_that_are_no_plain_tensors_say_the_same(kind):
+    """Plain tensors are read through torch's C functions, others through ``__dlpack__``."""
+    cache = filled()
+    q, k, v = new_rows(2)
+    wanted, lse = cache.attend(q, k, v, scale=0.125)
+    given = {
+        "numpy": lambda x: x.numpy(),
+        "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
+        "subclass": lambda x: x.as_subclass(Renamed),
+        "part": lambda x: torch.cat([x + 1, x], dim=2)[..., HEAD_DIM:],
+    }[kind]
+    out = given(torch.full_like(wanted, torch.nan))
+    arguments = [given(x) for x in (q, k, v)]
+    start = torch.tensor([0, 1, 2], dtype=torch.int32)
+    workspace = torch.empty(cache._arrays().attend_workspace_bytes(2, Q_HEADS), dtype=torch.uint8)
+    options = (cache.format, cache.window, cache.sinks, 0.125, 0.0, 0, None, False)
+    _core.attend(cache._arrays(), *arguments, start, out, lse, workspace, *options)
+    assert torch.equal(torch.as_tensor(out), wanted)
+
+
+def test_arrays_of_no_kind_are_refused():
+    cache = filled()
+    q, _, v = new_rows(2)
+    start = torch.tensor([0, 1, 2], dtype=torch.int32)
+    for wrong in (None, [1.0], "k", q.to_sparse()):
+        with pytest.raises((TypeError, BufferError)):
+            _core.append(cache._arrays(), wrong, v, start, "k2v2", 32, 4, "both")
