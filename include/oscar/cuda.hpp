@@ -24,6 +24,10 @@
 
 namespace oscar::cuda {
 
+// Sequences with at most this many query tokens take the decode kernel, the others the extend
+// kernels. Each skips the other's sequences on the device.
+inline constexpr std::int32_t kMaxDecodeQueries = 8;
+
 // A CUDA driver and at least one device are there.
 bool available() noexcept;
 
@@ -87,9 +91,8 @@ Status plan_attend(const Layout& layout, const CacheView& cache, const Batch& ba
                    AttendPlan& plan) noexcept;
 
 // max_query_len: no sequence has more query tokens than this in this call (0: the number of
-// tokens). Up to 8 means one decode launch; above, sequences of more than 8 tokens go through the
-// extend kernels. workspace: 256-byte aligned; its contents need no initialisation. plan: of
-// plan_attend for this step, or null.
+// tokens). Up to kMaxDecodeQueries means decode launches alone. workspace: 256-byte aligned; its
+// contents need no initialisation. plan: of plan_attend for this step, or null.
 Status attend(const Layout& layout, const CacheView& cache, const Batch& batch, const ConstRows& q,
               const ConstRows& k_new, const ConstRows& v_new, const AttendOptions& options,
               const MutableRows& out, float* lse, void* workspace, std::size_t workspace_bytes,

@@ -193,6 +193,9 @@ NB_MODULE(_core, m) {
   nb::class_<Plan>(m, "AttendPlan", "How a decode step is cut into work (include/oscar/cuda.hpp).");
   m.def("attend_plan_bytes", &attend_plan_bytes_on_device);
   m.def(
+      "max_decode_queries", [] { return cuda::kMaxDecodeQueries; },
+      "Query tokens of a sequence up to which a CUDA device takes the decode kernel.");
+  m.def(
       "plan_attend",
       [](const CacheArrays& cache, const ConstArgument& query_start, MutableArray memory,
          std::int64_t query_tokens, std::int32_t q_heads, const std::string& format,

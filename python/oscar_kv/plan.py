@@ -21,7 +21,7 @@ class _Made:
     plan: _core.AttendPlan
 
 
-_DECODE_QUERIES = 8  # query tokens of a sequence that still take the decode kernel
+_DECODE_QUERIES = _core.max_decode_queries()
 
 
 class SharedPlans:

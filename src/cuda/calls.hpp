@@ -12,12 +12,9 @@
 
 #include "oscar/append.hpp"
 #include "oscar/attend.hpp"
+#include "oscar/cuda.hpp"
 
 namespace oscar::cuda {
-
-// Sequences with at most this many query tokens take the decode path, the others the extend path.
-// Each path skips the other's sequences on the device.
-inline constexpr std::int32_t kMaxDecodeQueries = 8;
 
 struct CudaAppendCall {
   Layout layout;
