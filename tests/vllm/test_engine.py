@@ -94,12 +94,34 @@ def test_prefix_hits(tokens, exact, alone, noise):
     for prompt, request in zip(tokens, warm.requests, strict=True):
         assert request["first"] == (len(prompt) - 1) // 128 * 128 - REPLAY
     assert divergence(tokens, alone, cold) < MORE * noise
-    found = type(twice)(requests=[after(x, x["first"] + REPLAY) for x in warm.requests])
+    check_after_hits(tokens, exact, alone, warm)
+    assert twice.leaked == 0
+
+
+def test_hits_on_prompts_that_are_read_in_the_same_step(tokens, exact, alone):
+    # vLLM lets the second and third copy of a text share the blocks of the first at once.
+    texts = [i for i in range(4) for _ in range(3)]
+    call = [requests(tokens)[i] for i in texts]
+    run = engine.run([call], max_num_batched_tokens=2048, **PACKED)
+    hits = [i for i, request in enumerate(run.requests) if request["first"] > 0]
+    assert len(hits) == 8 and run.leaked == 0
+    chosen = [texts[i] for i in hits]
+    others = [only_requests(x, chosen) for x in (exact, alone)]
+    check_after_hits([tokens[i] for i in chosen], *others, only_requests(run, hits))
+
+
+def check_after_hits(tokens, exact, alone, warm):
+    """Positions behind what is computed again cost about what they cost from cold."""
+    found = type(warm)(requests=[after(x, x["first"] + REPLAY) for x in warm.requests])
     cost = divergence(tokens, exact, found, 0)
     usual = divergence(tokens, only(exact, found), only(alone, found), 0)
     print(f"KL after a hit {cost:.4f}, of the same positions from cold {usual:.4f}")
     assert cost < 1.5 * usual
-    assert twice.leaked == 0
+
+
+def only_requests(run, indices):
+    """Some requests of a run."""
+    return type(run)(requests=[run.requests[i] for i in indices])
 
 
 def halves(items):
@@ -165,10 +187,11 @@ def test_tensor_parallel(tokens, exact, alone):
 def test_formats_in_order(tokens, exact, alone):
     few = tokens[:3]
     calls = [[request] for request in requests(few)]
-    costs = [divergence(few, exact_of(exact, 3), exact_of(alone, 3))]
+    few_exact = only_requests(exact, range(3))
+    costs = [divergence(few, few_exact, only_requests(alone, range(3)))]
     for name in ("oscar_k4v2", "oscar_k4v4"):
         run = engine.run(calls, kv_cache_dtype=name, **COLD)
-        costs.append(divergence(few, exact_of(exact, 3), run))
+        costs.append(divergence(few, few_exact, run))
     assert costs[0] > 1.2 * costs[1] > 1.2 * 1.2 * costs[2] > 0
 
 
@@ -181,11 +204,6 @@ def test_a_balance_that_the_engine_measures_itself(tokens, exact, alone, monkeyp
     print(f"KL with a measured balance {found:.4f}, without {without:.4f}")
     assert found < 0.9 * without
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
-
-
-def exact_of(run, count):
-    """The first requests of a run."""
-    return type(run)(requests=run.requests[:count])
 
 
 def test_capacity():
