@@ -26,7 +26,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from oscar_kv.bench.results import commit, cpu_name
+from oscar_kv.bench.results import commit, cpu_name, device_stem
 from rich.console import Console
 from rich.table import Table
 
@@ -206,8 +206,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", choices=["throughput", "serve"])
     options = parser.parse_args()
-    name = re.sub(r"[^A-Za-z0-9]+", "-", cpu_name()).strip("-")
-    file = ROOT / f"bench/results/vllm-{name}.jsonl"
+    file = ROOT / f"bench/results/vllm-{device_stem(cpu_name())}.jsonl"
     kinds = {"throughput": throughput, "serve": serve}
     rows = []
     for index, (kind, measure) in itertools.product(range(options.rounds), kinds.items()):

@@ -17,14 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from oscar_kv.bench.results import commit
+from oscar_kv.bench.decode import llama_31_8b
+from oscar_kv.bench.results import commit, device_stem
 from rich.console import Console
 from rich.table import Table
 
@@ -33,33 +33,16 @@ ENGINE = {
     "packed": {"kv_cache_dtype": "oscar_k2v2", "attention_backend": "OSCAR_KV"},
     "stock": {"attention_backend": "FLASH_ATTN"},
 }
-VOCABULARY = 128256
-
-
-def write_config(folder):
-    """The shape of Llama-3.1-8B."""
-    from transformers import LlamaConfig
-
-    LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    ).save_pretrained(folder)
 
 
 def measure(options, cache, batches):
     """One engine; a row for each batch."""
     from vllm import LLM
 
+    model = llama_31_8b()
+    model.architectures, model.dtype = ["LlamaForCausalLM"], "bfloat16"
     with tempfile.TemporaryDirectory() as folder:
-        write_config(folder)
+        model.save_pretrained(folder)
         llm = LLM(
             folder,
             load_format="dummy",
@@ -77,7 +60,7 @@ def measure(options, cache, batches):
     pick = random.Random(0)
     for batch in batches:
         prompts = [
-            {"prompt_token_ids": [pick.randrange(10, VOCABULARY) for _ in range(options.input)]}
+            {"prompt_token_ids": [pick.randrange(model.vocab_size) for _ in range(options.input)]}
             for _ in range(batch)
         ]
         fill = _seconds(llm, prompts, 1)
@@ -168,8 +151,8 @@ def main():
     for _ in range(options.rounds):
         for cache in ENGINE:
             rows += run_child(cache)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", rows[0]["device"]).strip("-")
-    with (ROOT / f"bench/results/vllm-{name}.jsonl").open("a") as out:
+    file = ROOT / f"bench/results/vllm-{device_stem(rows[0]['device'])}.jsonl"
+    with file.open("a") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)
     show(rows)
 

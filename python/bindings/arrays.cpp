@@ -3,6 +3,7 @@
 #include "arrays.hpp"
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "core/check.hpp"
@@ -46,24 +47,9 @@ std::string device_text(Device device) {
 }
 
 template <typename AnyArray>
-Device device_of(const AnyArray& array) {
-  return {array.device_type(),
-          array.device_type() == nb::device::cpu::value ? 0 : array.device_id()};
-}
-
-template <typename AnyArray>
-void require_on(const char* name, const AnyArray& array, Device device) {
-  const Device found = device_of(array);
-  if (found == device) return;
-  throw nb::type_error(
-      (std::string(name) + " is on " + device_text(found) + ", must be on " + device_text(device))
-          .c_str());
-}
-
-template <typename AnyArray>
 void require(const char* name, const AnyArray& array, Device device, const nb::dlpack::dtype& dtype,
              std::initializer_list<std::int64_t> shape, bool strided = false) {
-  require_on(name, array, device);
+  require_device(name, device_of(array), device);
   if (array.dtype() != dtype) {
     throw nb::type_error(
         (std::string(name) + " has dtype " + text(array.dtype()) + ", must be " + text(dtype))
@@ -92,9 +78,16 @@ void require(const char* name, const AnyArray& array, Device device, const nb::d
   }
 }
 
+template <typename T, typename AnyArray>
+T* contiguous(const char* name, const AnyArray& array, Device device,
+              std::initializer_list<std::int64_t> shape) {
+  require(name, array, device, nb::dtype<std::remove_const_t<T>>(), shape);
+  return static_cast<T*>(array.data());
+}
+
 template <typename Rows, typename AnyArray>
 Rows rows(const char* name, const AnyArray& array, Device device, std::int64_t head_dim) {
-  require_on(name, array, device);
+  require_device(name, device_of(array), device);
   const DType dtype = row_dtype(name, array.dtype());
   if (array.ndim() != 3 || static_cast<std::int64_t>(array.shape(2)) != head_dim) {
     throw nb::value_error((std::string(name) + " has shape " + shape_text(array) +
@@ -115,6 +108,13 @@ Rows rows(const char* name, const AnyArray& array, Device device, std::int64_t h
 }
 
 }  // namespace
+
+void require_device(const char* name, Device found, Device device) {
+  if (found == device) return;
+  throw nb::type_error(
+      (std::string(name) + " is on " + device_text(found) + ", must be on " + device_text(device))
+          .c_str());
+}
 
 void raise(const Status& status) {
   const char* message = status.message().c_str();
@@ -163,42 +163,19 @@ MutableRows mutable_rows(const char* name, const MutableArgument& array, Device 
   return rows<MutableRows>(name, array, device, head_dim);
 }
 
-void require_device(const char* name, const MutableArray& array, Device device) {
-  require_on(name, array, device);
-}
-
-void require_device(const char* name, const MutableArgument& array, Device device) {
-  require_on(name, array, device);
-}
-
-const std::int32_t* i32(const char* name, const Array& array, Device device,
-                        std::initializer_list<std::int64_t> shape) {
-  require(name, array, device, nb::dtype<std::int32_t>(), shape);
-  return static_cast<const std::int32_t*>(array.data());
-}
-
 const std::int32_t* i32(const char* name, const ConstArgument& array, Device device,
                         std::initializer_list<std::int64_t> shape) {
-  require(name, array, device, nb::dtype<std::int32_t>(), shape);
-  return static_cast<const std::int32_t*>(array.data());
-}
-
-const float* f32(const char* name, const Array& array, Device device,
-                 std::initializer_list<std::int64_t> shape) {
-  require(name, array, device, nb::dtype<float>(), shape);
-  return static_cast<const float*>(array.data());
+  return contiguous<const std::int32_t>(name, array, device, shape);
 }
 
 const float* f32(const char* name, const ConstArgument& array, Device device,
                  std::initializer_list<std::int64_t> shape) {
-  require(name, array, device, nb::dtype<float>(), shape);
-  return static_cast<const float*>(array.data());
+  return contiguous<const float>(name, array, device, shape);
 }
 
 float* f32(const char* name, const MutableArgument& array, Device device,
            std::initializer_list<std::int64_t> shape) {
-  require(name, array, device, nb::dtype<float>(), shape);
-  return static_cast<float*>(array.data());
+  return contiguous<float>(name, array, device, shape);
 }
 
 std::int32_t batch_of(const CacheArrays& arrays) {
@@ -253,17 +230,21 @@ CacheArguments cache_arguments(const CacheArrays& arrays, const std::string& for
     }
   }
   result.batch = batch_of(arrays);
-  view.slot = layout.exact_blocks == 1
-                  ? i32("slot", arrays.slot, device, {-1})
-                  : i32("slot", arrays.slot, device, {-1, layout.exact_blocks});
-  view.seq_len = i32("seq_len", arrays.seq_len, device, {result.batch});
-  view.block_table = i32("block_table", arrays.block_table, device, {result.batch, -1});
+  view.slot =
+      layout.exact_blocks == 1
+          ? contiguous<const std::int32_t>("slot", arrays.slot, device, {-1})
+          : contiguous<const std::int32_t>("slot", arrays.slot, device, {-1, layout.exact_blocks});
+  view.seq_len = contiguous<const std::int32_t>("seq_len", arrays.seq_len, device, {result.batch});
+  view.block_table =
+      contiguous<const std::int32_t>("block_table", arrays.block_table, device, {result.batch, -1});
   view.max_pages = static_cast<std::int64_t>(arrays.block_table.shape(1));
   if (arrays.exact_from) {
-    view.exact_from = i32("exact_from", *arrays.exact_from, device, {result.batch});
+    view.exact_from =
+        contiguous<const std::int32_t>("exact_from", *arrays.exact_from, device, {result.batch});
   }
   if (arrays.balance) {
-    view.balance = f32("balance", *arrays.balance, device, {layout.kv_heads, layout.head_dim});
+    view.balance = contiguous<const float>("balance", *arrays.balance, device,
+                                           {layout.kv_heads, layout.head_dim});
   }
   if (arrays.feedback) {
     const nb::dlpack::dtype half{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};

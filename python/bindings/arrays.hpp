@@ -46,6 +46,12 @@ struct Device {
 };
 inline constexpr Device kCpu;
 
+template <typename AnyArray>
+Device device_of(const AnyArray& array) {
+  return {array.device_type(),
+          array.device_type() == nb::device::cpu::value ? 0 : array.device_id()};
+}
+
 // [tokens, heads, head_dim] with head_dim contiguous.
 ConstRows const_rows(const char* name, const ConstArgument& array, Device device,
                      std::int64_t head_dim);
@@ -53,20 +59,15 @@ MutableRows mutable_rows(const char* name, const MutableArgument& array, Device 
                          std::int64_t head_dim);
 
 // A contiguous array of exactly this dtype and shape; -1 in `shape` takes any extent.
-const std::int32_t* i32(const char* name, const Array& array, Device device,
-                        std::initializer_list<std::int64_t> shape);
 const std::int32_t* i32(const char* name, const ConstArgument& array, Device device,
                         std::initializer_list<std::int64_t> shape);
-const float* f32(const char* name, const Array& array, Device device,
-                 std::initializer_list<std::int64_t> shape);
 const float* f32(const char* name, const ConstArgument& array, Device device,
                  std::initializer_list<std::int64_t> shape);
 float* f32(const char* name, const MutableArgument& array, Device device,
            std::initializer_list<std::int64_t> shape);
 
-// TypeError unless the array is on `device`.
-void require_device(const char* name, const MutableArray& array, Device device);
-void require_device(const char* name, const MutableArgument& array, Device device);
+// TypeError unless an array, which is on `found`, is on `device`.
+void require_device(const char* name, Device found, Device device);
 
 // The arrays of one layer, and what they say about the layout.
 struct CacheArrays {

@@ -52,9 +52,9 @@ Status plan_attend_on(const CacheArguments& cache, const Batch& batch, std::int6
 }
 
 void cuda_read_bytes(const Array& array, const MutableArray& total, std::uintptr_t stream) {
-  const Device device{array.device_type(), array.device_id()};
+  const Device device = device_of(array);
   if (device.is_cpu()) throw nb::type_error("array is on the CPU, must be on a CUDA device");
-  require_device("total", total, device);
+  require_device("total", device_of(total), device);
   cuda::read_bytes(array.data(), array.nbytes(), static_cast<std::uint64_t*>(total.data()),
                    reinterpret_cast<void*>(stream));
 }

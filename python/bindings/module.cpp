@@ -75,8 +75,8 @@ void attend_rows(const CacheArrays& arrays, const AttendArrays& call, const std:
   }
   float* lse = nullptr;
   if (call.lse) lse = f32("lse", *call.lse, device, {q.tokens, q.heads});
-  require_device("workspace", call.workspace, device);
-  if (plan != nullptr) require_device("plan", plan->memory, device);
+  require_device("workspace", device_of(call.workspace), device);
+  if (plan != nullptr) require_device("plan", device_of(plan->memory), device);
   Status status;
   {
     nb::gil_scoped_release release;
@@ -94,7 +94,7 @@ Plan plan_rows(const CacheArrays& arrays, const ConstArgument& query_start, Muta
   if (cache.device.is_cpu())
     throw nb::type_error("pages is on the CPU, plans are for CUDA devices");
   const Batch batch{cache.batch, i32("query_start", query_start, cache.device, {cache.batch + 1})};
-  require_device("memory", memory, cache.device);
+  require_device("memory", device_of(memory), cache.device);
   Plan made{std::move(memory), {}};
   check(
       plan_attend_on(cache, batch, query_tokens, q_heads, options, made.memory, launch, made.plan));
@@ -108,8 +108,8 @@ std::size_t workspace_bytes(const CacheArrays& arrays, std::int64_t query_tokens
   layout.kv_heads = shaped ? static_cast<std::int32_t>(arrays.exact.shape(2)) : 0;
   layout.head_dim = shaped ? static_cast<std::int32_t>(arrays.exact.shape(4)) : 0;
   const std::int32_t batch = batch_of(arrays);
-  const Device device{arrays.pages.device_type(), arrays.pages.device_id()};
-  return attend_workspace_bytes_on(device, layout, batch, query_tokens, q_heads, max_query_len);
+  return attend_workspace_bytes_on(device_of(arrays.pages), layout, batch, query_tokens, q_heads,
+                                   max_query_len);
 }
 
 // k_out, v_out f32 [batch, kv_heads, max_len, head_dim]: what the next query reads of every cached
@@ -119,7 +119,7 @@ void dequantize_rows(const CacheArrays& arrays, const MutableArgument& k_out,
                      std::int32_t sinks) {
   const CacheArguments cache = cache_arguments(arrays, format, window, sinks);
   const Layout& layout = cache.layout;
-  require_device("k_out", k_out, kCpu);
+  require_device("k_out", device_of(k_out), kCpu);
   if (!cache.device.is_cpu()) throw nb::type_error("pages is on a CUDA device, must be on the CPU");
   if (k_out.ndim() != 4) throw nb::value_error("k_out must be [batch, kv_heads, tokens, head_dim]");
   const auto max_len = static_cast<std::int64_t>(k_out.shape(2));

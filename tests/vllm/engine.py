@@ -30,11 +30,9 @@ from engine_model import MODEL
 ON_CUDA = oscar_kv.cuda_available()
 # Rounding as it differs from run to run, relative: in float32, and in bfloat16 on CUDA devices.
 NOISE = 2**-9 if ON_CUDA else 1e-6
-_OF_DEVICE = {"dtype": "float32"}
-if ON_CUDA:
-    # Little of the device: other engines may run beside.
-    _OF_DEVICE = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30}
-    _OF_DEVICE["gpu_memory_utilization"] = 0.2
+# Little of a CUDA device: other engines may run beside.
+_CUDA = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.2}
+_OF_DEVICE = _CUDA if ON_CUDA else {"dtype": "float32"}
 _BACKEND = "OSCAR_KV"  # of packed caches on a CUDA device
 
 # The overlay of vLLM (install.sh), and engine_model.

@@ -44,11 +44,16 @@ def commit() -> str:
     return found.stdout.strip()
 
 
+def device_stem(device: str) -> str:
+    """A device's name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
+
+
 def save_results(rows: Sequence[Result], folder: Path, gpu: str | None = None) -> Path:
     """Appends a line for each row to ``folder/attention-<gpu or cpu>.jsonl``; returns that path."""
     device = gpu or cpu_name()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"attention-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')}.jsonl"
+    path = folder / f"attention-{device_stem(device)}.jsonl"
     where = {
         "cpu" if gpu is None else "gpu": device,
         "commit": commit(),

@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 
 from .. import _core
+from ..cache import TILE_TOKENS
 
 PREFIX = "oscar_"
 DTYPES = tuple(PREFIX + name for name in _core.formats())
-TILE_TOKENS = 32
 WINDOW = 32  # newest tokens read exactly, on top of the open tile
 SINKS = 4
 
