@@ -8,7 +8,7 @@
 //
 // Every call is a replay of a captured graph and finds neither its data nor its own code in a
 // cache, as between the other kernels of a model: a kernel of long code runs and a buffer four
-// times the L2's size is written before it. One line a shape: median us, bytes, GB/s, the time over
+// times the L2's size is read before it. One line a shape: median us, bytes, GB/s, the time over
 // that of reading the bytes, the time with all of it in the caches, and that of the plan, which is
 // made once a step and not part of the others.
 #include <algorithm>

@@ -14,6 +14,7 @@
 
 #include <cstdint>
 
+#include "cuda/attend_exact_segment.cuh"
 #include "cuda/attend_segment.cuh"
 #include "cuda/combine.cuh"
 #include "cuda/plan_part.cuh"
@@ -73,20 +74,24 @@ __device__ inline void attend_segment(const CudaAttendCall& call, const DecodePl
     char* warp = warp_memory<S>();
     const WarpState<S>& state = warp_state<S>(warp);
     const DecodeSequence& s = state.item.sequence;
-    const int begin = state.begin;
-    const int end = begin + state.units;
-    const bool exact = begin < s.exact_units;
-    if (exact) [[unlikely]] {
-      // Without the first of the units that stand for 32 tokens: an empty result.
-      const int weight = exact_weight(state.level);
-      attend_exact_any<S>(call, plan, (begin + weight - 1) / weight, (end + weight - 1) / weight,
-                          warp);
-    } else {
-      const int shift = tile_shift(state.level);
-      const int unit = (s.first_tile >> shift) - s.exact_units;
-      attend_packed_segment<S>(call, plan, max((unit + begin) << shift, s.first_tile),
-                               min((unit + end) << shift, s.packed_high), warp);
-    }
+    bool exact;
+#pragma unroll 1
+    do {
+      const int begin = state.begin;
+      const int end = begin + state.units;
+      exact = begin < s.exact_units;
+      if (!exact) [[likely]] {
+        const int shift = tile_shift(state.level);
+        const int unit = (s.first_tile >> shift) - s.exact_units;
+        attend_packed_segment<S>(call, plan, max((unit + begin) << shift, s.first_tile),
+                                 min((unit + end) << shift, s.packed_high), warp);
+      } else {
+        // Without the first of the units that stand for 32 tokens: an empty result.
+        const int weight = exact_weight(state.level);
+        attend_exact_any<S>(call, plan, (begin + weight - 1) / weight, (end + weight - 1) / weight,
+                            warp);
+      }
+    } while (exact && state.begin >= s.exact_units);
   }
   char* warp = warp_memory<S>();
   WarpState<S>& state = warp_state<S>(warp);
@@ -117,7 +122,9 @@ __device__ inline void attend_part(const CudaAttendCall& call, const DecodePlan&
   if (fresh_lane().index == 0) {
     WarpEnd& end = ends[fresh_warp()];
     end.tail.item = end.head.item = -1;
+    warp_state<S>(warp_memory<S>()).ahead = 0;
   }
+  __syncwarp();
   if (warp_state<S>(warp_memory<S>()).units == 0) return;
   do {
     attend_segment<S>(call, plan, ends);
@@ -125,21 +132,28 @@ __device__ inline void attend_part(const CudaAttendCall& call, const DecodePlan&
   if (fresh_lane().index == 0) ends[fresh_warp()].tail = end_of(warp_state<S>(warp_memory<S>()));
 }
 
+// The same for each shape, without a plan: out of the way of what runs with one.
+static __device__ __noinline__ void find_own_part(const CudaAttendCall& call,
+                                                  const DecodePlan& plan, int block,
+                                                  WarpSegment& first) {
+  __shared__ PlanTable table;
+  prefetch_tables(call);
+  find_part(call, plan, table, find_line(call, plan, table, plan.block_warps), block, fresh_warp(),
+            fresh_lane().index, first);
+}
+
 template <class S>
 __global__ void __launch_bounds__(32 * S::warps(kArch), 1)
     attend_decode(const __grid_constant__ CudaAttendCall call,
                   const __grid_constant__ DecodePlan plan) {
   constexpr int kWarps = S::warps(kArch);
-  __shared__ PlanTable table;
   __shared__ WarpEnd ends[kWarps];
   WarpSegment& first = warp_state<S>(warp_memory<S>());
   const int block = static_cast<int>(blockIdx.x);
   if (call.planned != nullptr) {
     copy_part(planned_parts(call, plan, block)[fresh_warp()], fresh_lane().index, first);
   } else {
-    prefetch_tables(call);
-    find_part(call, plan, table, find_line(call, plan, table, plan.block_warps), block,
-              fresh_warp(), fresh_lane().index, first);
+    find_own_part(call, plan, block, first);
   }
   let_kernel_behind_start();
   attend_part<S>(call, plan, ends);

@@ -24,11 +24,16 @@ struct ExactAny {
   }
 
   const std::byte* queries[S::kBlocks];  // the row of column g
+  int last_part;                         // no rows are staged
 
   __device__ void load_query(const CudaAttendCall&, const Lane&,
                              const std::byte* const (&rows)[S::kBlocks]) {
 #pragma unroll
     for (int n = 0; n < S::kBlocks; ++n) queries[n] = rows[n];
+  }
+  __device__ void leave_query(const CudaAttendCall& call, const DecodePlan& plan,
+                              const DecodeItem& item, const Lane& lane, RawQuery<S>* to) const {
+    to[lane.index] = load_raw_query<S>(call, plan, item, lane);
   }
   __device__ static void stage(const CudaAttendCall&, const Lane&, int, const std::byte*,
                                const ExactTile<S>&) {}

@@ -56,24 +56,29 @@ struct DecodeFetch {
     return 4 * S::head_dim(call) * (S::kKBits + S::kVBits);
   }
 
-  __device__ void start(const CudaAttendCall& call, const DecodePlan& plan,
-                        const WarpState<S>& state, const Lane& lane, int group, int last,
-                        char* warp) {
+  // Of the state's item; asks for nothing.
+  __device__ void start(const CudaAttendCall& call, const WarpState<S>& state, const Lane& lane,
+                        const char* warp) {
     const std::int64_t head =
         static_cast<std::int64_t>(state.item.kv_head) * call.layout.tiles_per_page();
     pages = kept(call.cache.pages + head * tile_bytes(call) + 16 * lane.index);
     const std::uint32_t shared = shared_address(warp);
     keys_at = kept(shared + S::kKeys + 16 * swizzled_chunk(lane.index, kKeyRows));
     if constexpr (kValueRows == kKeyRows) {
-      values_at = keys_at + (S::kValues - S::kKeys);
+      values_at = keys_at - (S::kKeys - S::kValues);
     } else {
       values_at = kept(shared + S::kValues +
                        16 * (kValueRows > 0 ? swizzled_chunk(lane.index, kValueRows) : lane.index));
     }
-    const int tile = min(group * kGroupTiles + lane.index, last - 1);
-    step(call, plan, state, lane, group, last, *page_of(call, plan, state, tile), warp);
   }
 
+  // The page of tile `lane` of a segment that starts at `group`.
+  __device__ static const std::int32_t* first_page(const CudaAttendCall& call,
+                                                   const DecodePlan& plan,
+                                                   const WarpState<S>& state, const Lane& lane,
+                                                   int group, int last) {
+    return page_of(call, plan, state, min(group * kGroupTiles + lane.index, last - 1));
+  }
   // To the tiles from `group` on, `page` being that of tile `lane` of them; the pages of the step
   // after this are asked for.
   __device__ static void step(const CudaAttendCall& call, const DecodePlan& plan,

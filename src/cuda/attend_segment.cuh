@@ -1,14 +1,13 @@
 // SPDX-FileCopyrightText: 2026 The oscar-kv authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// One warp, one segment: a run of tiles, or of exact tokens, of one item, to one partial result.
+// One warp, one segment: a run of tiles of one item, to one partial result.
 #pragma once
 
 #include <climits>
 #include <cstdint>
 
-#include "cuda/attend_exact_any.cuh"
-#include "cuda/attend_exact_half.cuh"
+#include "cuda/attend_ahead.cuh"
 #include "cuda/attend_fetch.cuh"
 #include "cuda/attend_packed.cuh"
 
@@ -28,15 +27,17 @@ __device__ inline void set_bounds(const CudaAttendCall& call, const DecodePlan& 
   }
   const int first = max(first_token(call, s.cached), call.layout.sinks);
   const int last = max(first_token(call, s.cached + s.queries - 1), call.layout.sinks);
-  const bool single = s.queries == 1;
+  const bool same_first = first == last;
+  const bool same_last = s.packed_low == s.packed_high;
   const bool capped = call.options.softcap > 0.0f;  // every tile has extra work
   if (lane.index == 0) {
     state.one = kOnes;
     state.zero = 0;
-    state.seen = single ? make_int2(first, kTileTokens * s.packed_low) : make_int2(0, INT_MAX);
-    state.plain = capped   ? make_int2(INT_MAX, 0)
-                  : single ? make_int2(0, INT_MAX)
-                           : make_int2((last + kTileTokens - 1) / kTileTokens, s.packed_low);
+    state.seen =
+        make_int2(same_first ? first : 0, same_last ? kTileTokens * s.packed_low : INT_MAX);
+    state.plain = make_int2(same_first ? 0 : (last + kTileTokens - 1) / kTileTokens,
+                            same_last ? INT_MAX : s.packed_low);
+    if (capped) state.plain = make_int2(INT_MAX, 0);
   }
 }
 
@@ -124,6 +125,26 @@ __device__ inline void attend_group(const CudaAttendCall& call, const Lane& lane
   __syncwarp();
 }
 
+// Running sums of a segment of tiles.
+template <class S>
+struct SegmentSums {
+  DecodeSoftmax<S> softmax;
+  PackedSums<S> sums;
+};
+
+// attend_group where columns see different tokens, or with a soft cap: out of the way, since the
+// first 56 KB of a kernel's code come sooner than what is behind them.
+template <class S>
+__device__ __noinline__ SegmentSums<S> attend_special_group(const CudaAttendCall& call, char* warp,
+                                                            GroupTiles tiles, DecodeFetch<S> fetch,
+                                                            int step, bool more,
+                                                            DecodeQuery<S> query,
+                                                            SegmentSums<S> total) {
+  attend_group<S, false>(call, fresh_lane(), warp, tiles, fetch, step, more, query, total.softmax,
+                         total.sums);
+  return total;
+}
+
 // Tiles first .. last - 1 of the item.
 template <class S>
 __device__ inline void attend_packed_segment(const CudaAttendCall& call, const DecodePlan& plan,
@@ -134,11 +155,18 @@ __device__ inline void attend_packed_segment(const CudaAttendCall& call, const D
   int group = first / kGroupTiles;
   int begin = first - group * kGroupTiles;
   int end = min(last - group * kGroupTiles, kGroupTiles);
-  const RawQuery<S> raw = load_raw_query<S>(call, plan, state.item, lane);
-  fetch.start(call, plan, state, lane, group, last, warp);
+  RawQuery<S> raw;
+  fetch.start(call, state, lane, warp);
+  if (S::kAhead && state.ahead != 0) {
+    raw = query_ahead<S>(warp)[lane.index];
+  } else {
+    raw = load_raw_query<S>(call, plan, state.item, lane);
+    const int page = *fetch.first_page(call, plan, state, lane, group, last);
+    fetch.step(call, plan, state, lane, group, last, page, warp);
+    fetch.keys(call, lane, warp, 0, begin, end);
+    cp_async_commit();
+  }
   if (lane.index == 0) state.last_tile = last;
-  fetch.keys(call, lane, warp, 0, begin, end);
-  cp_async_commit();
   set_bounds<S>(call, plan, lane, state, reinterpret_cast<int2*>(warp + S::kBounds));
   DecodeQuery<S> query;
   load_query<S>(call, plan, lane, raw, state, query);
@@ -168,12 +196,14 @@ __device__ inline void attend_packed_segment(const CudaAttendCall& call, const D
       step = 0;
       fetch.step(call, plan, state, here, group + 1, behind, fetch.next_page(here, warp), warp);
     }
-    if (end - begin > 2 && tile + begin >= state.plain.x && tile + end <= state.plain.y) {
+    if (tile + begin >= state.plain.x && tile + end <= state.plain.y) [[likely]] {
       attend_group<S, true>(call, here, warp, tiles, fetch, step, next_end > 0, query, softmax,
                             sums);
     } else {
-      attend_group<S, false>(call, here, warp, tiles, fetch, step, next_end > 0, query, softmax,
-                             sums);
+      const SegmentSums<S> total = attend_special_group<S>(
+          call, warp, tiles, fetch, step, next_end > 0, query, SegmentSums<S>{softmax, sums});
+      softmax = total.softmax;
+      sums = total.sums;
     }
     end = next_end;
   }
@@ -188,87 +218,6 @@ __device__ inline void attend_packed_segment(const CudaAttendCall& call, const D
                   softmax.sum[j], partial);
   }
   __syncwarp();
-}
-
-template <class S, class Math>
-__device__ inline void attend_exact_segment(const CudaAttendCall& call, const DecodePlan& plan,
-                                            int first, int last, char* warp) {
-  const WarpState<S>& state = warp_state<S>(warp);
-  const DecodeSequence& s = state.item.sequence;
-  const Lane start = fresh_lane();
-  auto& tile = *reinterpret_cast<ExactTile<S>*>(warp);
-  const int begin = kTileTokens / kExactTokens * first;
-  const int end =
-      min(kTileTokens / kExactTokens * last, (s.exact_tokens + kExactTokens - 1) / kExactTokens);
-  Math math;
-  {
-    // A column without a query takes the rows of the last: its scores are masked.
-    const std::byte* queries[S::kBlocks];
-    const int columns = s.queries * plan.group - state.item.first_column;
-#pragma unroll
-    for (int n = 0; n < S::kBlocks; ++n) {
-      const DecodeColumn at = column_of(plan, state.item, min(8 * n + start.g, columns - 1));
-      queries[n] = row_address(call.q, s.first_row + at.query, at.q_head);
-    }
-    math.load_query(call, start, queries);
-  }
-  ExactSoftmax<S> softmax;
-  ExactSums<S> sums;
-  softmax.clear();
-  sums.clear();
-  set_exact_bounds<S>(call, plan, state.item, start, tile);
-  // Each part is asked for while those of all slots are to come or in use.
-  constexpr int kSlots = S::kExactSlots;
-  const std::byte* rows[kSlots + 1] = {};
-  int part = begin - kSlots;
-#pragma unroll 1
-  do {
-    const Lane lane = fresh_lane();
-    if (part >= begin) {
-      cp_async_wait<kSlots - 1>();
-      __syncwarp();
-      float scores[S::kBlocks][4] = {};
-      math.score(call, s, lane, part, rows[0], tile, scores);
-      finish_exact_scores<S>(call, s, lane, tile, part, scores);
-      weigh_exact<S>(scores, softmax, sums);
-      math.add(call, s, lane, part, rows[0], tile, scores, sums);
-      __syncwarp();
-    }
-    if (part + kSlots < end) {
-      rows[kSlots] = find_row(call, plan, state.item, part + kSlots, lane.index);
-      math.stage(call, lane, part + kSlots, rows[kSlots], tile);
-    }
-    cp_async_commit();
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) rows[i] = rows[i + 1];
-  } while (++part < end);
-  __syncwarp();  // also where nothing was done
-  const Lane lane = fresh_lane();
-  float* partial = partial_of<S>(call, plan, warp, 0);
-  store_exact<S, Math>(call, plan, lane, sums, reinterpret_cast<float*>(warp), partial);
-#pragma unroll
-  for (int i = 0; i < 2 * S::kBlocks; ++i) {
-    store_softmax(plan, lane, S::head_dim(call), 8 * (i / 2) + 2 * lane.c + i % 2,
-                  softmax.max[i / 2][i % 2], softmax.sum[i / 2][i % 2], partial);
-  }
-  __syncwarp();
-}
-
-// One dtype for all rows is the rule; what else there is may be slower.
-template <class S>
-__device__ inline void attend_exact_any(const CudaAttendCall& call, const DecodePlan& plan,
-                                        int first, int last, char* warp) {
-  const DType type = call.layout.exact_dtype;
-  const bool uniform = call.q.dtype == type && call.k_new.dtype == type && call.v_new.dtype == type;
-  if (uniform && type == DType::kBF16) {
-    using Math = ExactHalf<S, DType::kBF16>;
-    attend_exact_segment<S, Math>(call, plan, first, last, warp);
-  } else if (uniform && type == DType::kF16) {
-    using Math = ExactHalf<S, DType::kF16>;
-    attend_exact_segment<S, Math>(call, plan, first, last, warp);
-  } else {
-    attend_exact_segment<S, ExactAny<S>>(call, plan, first, last, warp);
-  }
 }
 
 }  // namespace oscar::cuda

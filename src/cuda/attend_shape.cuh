@@ -33,6 +33,8 @@ inline constexpr int kArch = __CUDA_ARCH__;
 inline constexpr int kArch = 900;
 #endif
 
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
 // kDim is head_dim, or with kAny the largest head_dim that the instance takes.
 template <int kDim_, bool kAny_, int kKBits_, int kVBits_, int kLaneColumns_>
 struct DecodeShape {
@@ -74,20 +76,24 @@ struct DecodeShape {
   static constexpr int kInverseScales = kLogScales + 4 * kTileTokens;  // float [32]
   static constexpr int kMids = kInverseScales + 4 * kTileTokens;       // s8 [32]
   static constexpr int kTileBytes = kMids + kTileTokens;
-  static constexpr int kBounds = kGroupTiles * kTileBytes;     // int2 [column]
-  static constexpr int kTileOffsets = kBounds + 8 * kColumns;  // DecodeFetch
-  static constexpr int kNextPages = kTileOffsets + 128;
-  static constexpr int kTails = kNextPages + 128;
-  static constexpr int kKeys = (kTails + kGroupTiles * kTailBytes + 127) / 128 * 128;
-  static constexpr int kValues = kKeys + kGroupTiles * kKeyBytes;
-  static constexpr int kGroupBytes = kValues + kGroupTiles * kValueBytes;
-  static constexpr int kPartialBytes = kColumns * (kDim + 2) * 4;  // in the same place at the end
-  // Of exact tokens: ExactTile, then slots of 16 rows of K and 16 of V in 16 bits.
+  static constexpr int kBounds = kGroupTiles * kTileBytes;  // int2 [column]
+  static constexpr int kValues = (kBounds + 8 * kColumns + 127) / 128 * 128;
+  // In the same place, of exact tokens: bounds, then slots of 16 rows of K and 16 of V in 16 bits.
+  // Where there are two, the first tails and keys behind exact tokens come into the second.
   static constexpr int kExactSlots = kPad <= 128 ? 2 : 1;
-  static constexpr int kExactBytes = 96 * 8 * kBlocks + kExactSlots * 32 * 2 * kPad;
-  static constexpr int kMostBytes = kGroupBytes > kPartialBytes ? kGroupBytes : kPartialBytes;
-  static constexpr int kState =  // WarpState
-      ((kMostBytes > kExactBytes ? kMostBytes : kExactBytes) + 127) / 128 * 128;
+  static constexpr bool kAhead = kExactSlots == 2;
+  static constexpr int kExactRows = 128 * kBlocks;
+  static constexpr int kExactSlotBytes = 32 * 2 * kPad;
+  static constexpr int kExactBytes = kExactRows + kExactSlots * kExactSlotBytes;
+  static constexpr int kTails =
+      larger(kValues + kGroupTiles * kValueBytes, kAhead ? kExactRows + kExactSlotBytes : 0);
+  static constexpr int kKeys = (kTails + kGroupTiles * kTailBytes + 127) / 128 * 128;
+  static constexpr int kGroupBytes = kKeys + kGroupTiles * kKeyBytes;
+  static constexpr int kPartialBytes = kColumns * (kDim + 2) * 4;  // in the same place at the end
+  static constexpr int kTileOffsets =                              // DecodeFetch
+      (larger(larger(kGroupBytes, kPartialBytes), kExactBytes) + 127) / 128 * 128;
+  static constexpr int kNextPages = kTileOffsets + 128;
+  static constexpr int kState = kNextPages + 128;  // WarpState
   static constexpr int kWarpBytes = kState + 256;
 
   // As many warps as registers allow and shared memory holds: of more than 12 the loop would have
@@ -161,6 +167,7 @@ inline constexpr std::uint32_t kOnes = 0x3c003c00u;  // two fp16
 // tiles and a spilled one would wait for memory behind all the tiles under way.
 template <class S>
 struct WarpState : WarpSegment {
+  int ahead;                   // the segment's first keys and its query have been asked for
   int last_tile;               // of a packed segment, the one behind it
   int2 seen;                   // tokens that no column sees others of
   int2 plain;                  // tiles of whose tokens all columns see the same ones

@@ -29,16 +29,12 @@ namespace oscar::cuda {
 
 inline constexpr int kGroupTiles = 4;
 
-// How fine the units are: packed ones of 1, 2 or 4 tiles; on the last two levels 32 exact tokens
-// stand for as many units as they take time, and only the first of these does them. Where several
-// blocks share an item, few of them have exact tokens, whose code then comes late.
+// How fine the units are: packed ones of 1, 2 or 4 tiles; on the last level 32 exact tokens stand
+// for as many units as they take time, and only the first of these does them.
 inline constexpr int kGroupLevel = 2;
 inline constexpr int kLongLevel = 3;
-inline constexpr int kSharedLevel = 4;
 __host__ __device__ constexpr int tile_shift(int level) { return level < 2 ? level : 2; }
-__host__ __device__ constexpr int exact_weight(int level) {
-  return level == kSharedLevel ? 6 : level == kLongLevel ? 4 : 1;
-}
+__host__ __device__ constexpr int exact_weight(int level) { return level == kLongLevel ? 4 : 1; }
 static_assert(1 << tile_shift(kGroupLevel) == kGroupTiles);
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 

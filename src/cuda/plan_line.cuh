@@ -73,8 +73,7 @@ __device__ inline void prefetch_tables(const CudaAttendCall& call) {
 
 // The finest units that leave each warp one at most, for a batch of up to 32 sequences.
 __device__ inline int finest_level(const DecodePlan& plan, const DecodeSequence& s, int items) {
-  const unsigned all = __reduce_add_sync(kFullWarp, static_cast<unsigned>(items));
-  int finest = 4 * all <= static_cast<unsigned>(plan.blocks) ? kSharedLevel : kLongLevel;
+  int finest = kLongLevel;
 #pragma unroll
   for (int level = kGroupLevel; level >= 0; --level) {
     DecodeSequence cut = s;

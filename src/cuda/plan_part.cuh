@@ -83,8 +83,8 @@ __device__ inline void set_segment(const DecodePlan& plan, const DecodePlace& pl
 }
 
 // The segment behind the one in `to`; false: that was the last of the part.
-__device__ inline bool next_segment(const CudaAttendCall& call, const DecodePlan& plan, int lane,
-                                    WarpSegment& to) {
+static __device__ __noinline__ bool next_segment(const CudaAttendCall& call, const DecodePlan& plan,
+                                                 int lane, WarpSegment& to) {
   const int unit = to.next;
   const int last = to.last;
   if (unit >= last) return false;

@@ -4,7 +4,9 @@
 
 All kernels of a case run in one process on the same K and V, interleaved. Each call is a replay of
 a captured CUDA graph (as serving engines launch it; eager where a kernel cannot be captured), after
-a write of more bytes than the L2 cache holds. Times are medians of event pairs.
+a read of more bytes than the L2 cache holds, as the weights of a model are read between two calls.
+After a write it would be full of lines that must go to memory in the time of the next call, 8 to
+10 us on an H100: `Flush.WRITE` measures that. Times are medians of event pairs.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from enum import Enum
 from functools import partial
 
 import torch
@@ -25,6 +28,13 @@ from .attention import Case
 FLUSH_BYTES = 256 << 20
 WINDOW, SINKS, PAGE_TOKENS = 32, 4, 128
 FLASH = "torch flash"
+
+
+class Flush(str, Enum):
+    """What happens to the L2 cache before a call: other data is read into it, or written."""
+
+    READ = "read"
+    WRITE = "write"
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,7 @@ class CudaRow:
     gigabytes_per_s: float
     speedup: float
     bound_fraction: float
+    flush: str
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -319,16 +330,19 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def _measure(
-    calls: dict[str, Callable[[], object]], repeats: int, on_step: Callable[[], None] | None
+    calls: dict[str, Callable[[], object]],
+    repeats: int,
+    flush: Flush,
+    on_step: Callable[[], None] | None,
 ) -> dict[str, float]:
     """Median microseconds of each call, interleaved, with a cold L2 cache."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    other = torch.zeros(FLUSH_BYTES // 4, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in calls}
     for step in range(repeats + 3):
         events = []
         for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.fill_(step)
+            _ = other.sum() if flush == Flush.READ else other.fill_(step)
             start.record()
             call()
             end.record()
@@ -347,6 +361,7 @@ def run_cuda(
     formats: list[str],
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 30,
+    flush: Flush = Flush.READ,
     on_step: Callable[[], None] | None = None,
 ) -> list[CudaRow]:
     """Times every kernel of one case; one CudaRow a kernel. A kernel that refuses is left out."""
@@ -362,7 +377,7 @@ def run_cuda(
         except RuntimeError:
             if kernel.name.startswith("oscar"):
                 raise
-    medians = _measure(calls, repeats, on_step)
+    medians = _measure(calls, repeats, flush, on_step)
     flash = min(us for name, us in medians.items() if name.startswith(FLASH))
     return [
         CudaRow(
@@ -377,6 +392,7 @@ def run_cuda(
             gigabytes_per_s=round(kernel.cache_bytes / medians[kernel.name] / 1e3, 1),
             speedup=round(flash / medians[kernel.name], 3),
             bound_fraction=round(medians[kernel.bound or kernel.name] / medians[kernel.name], 3),
+            flush=flush.value,
         )
         for kernel in kernels
         if kernel.name in medians

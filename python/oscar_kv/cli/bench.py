@@ -146,6 +146,9 @@ def cuda(
     ] = None,
     format: Annotated[list[PackedFormat] | None, typer.Option(help="Formats; repeatable.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Calls of each kernel.")] = 30,
+    dirty: Annotated[
+        bool, typer.Option("--dirty", help="Fill the L2 cache by a write before each call.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of rows.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Write a PNG: time over tokens, speedup over batch.")
@@ -160,12 +163,15 @@ def cuda(
     `speedup` is against torch's flash attention in bf16; `of bound` is the time to only read the
     kernel's bytes over its time. Without --shape, --batch, --tokens and --queries: a table over
     contexts, batches, GQA ratios, head_dims, a ragged batch and prompt chunks.
+
+    Before each call other data is read into the L2 cache, as a model reads its weights; with
+    --dirty it is written, and a call waits for memory to take it back.
     """
     import torch
 
     if not torch.cuda.is_available():
         raise InputError("bench cuda needs a CUDA device, torch sees none")
-    from ..bench.cuda import default_cases, parse_case, run_cuda
+    from ..bench.cuda import Flush, default_cases, parse_case, run_cuda
 
     cases = default_cases()
     if shape or batch or tokens or queries:
@@ -177,11 +183,12 @@ def cuda(
             for one_queries in queries or [1]
         ]
     formats = [one.value for one in format or [PackedFormat.K2V2]]
+    flush = Flush.WRITE if dirty else Flush.READ
     rows = []
     console = Console()
     for case in cases:
         with progress_bar(case.name, repeats + 3) as advance:
-            found = run_cuda(case, formats, repeats=repeats, on_step=advance)
+            found = run_cuda(case, formats, repeats=repeats, flush=flush, on_step=advance)
         rows += found
         if not as_json:
             console.print(_table(case.name, found))
