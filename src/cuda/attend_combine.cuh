@@ -47,20 +47,24 @@ __device__ inline void add_merged(const CudaAttendCall& call, const DecodePlan& 
   }
 }
 
+// The block's item without a plan: out of the way of what runs with one.
+static __device__ __noinline__ SplitItem find_own_item(const CudaAttendCall& call,
+                                                       const DecodePlan& plan, int block) {
+  __shared__ PlanTable table;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  return find_split_item(call, plan, table, find_line(call, plan, table, warps), block,
+                         fresh_lane().index);
+}
+
 template <class S>
 __global__ void __launch_bounds__(32 * kCombineWarps)
     combine_items(const __grid_constant__ CudaAttendCall call,
                   const __grid_constant__ DecodePlan plan) {
-  __shared__ PlanTable table;
   const int lane = fresh_lane().index;
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int block = static_cast<int>(blockIdx.x);
-  SplitItem split;
-  if (call.planned != nullptr) {
-    split = planned_items(call, plan)[block].split;
-  } else {
-    split = find_split_item(call, plan, table, find_line(call, plan, table, warps), block, lane);
-  }
+  const SplitItem split = call.planned != nullptr ? planned_items(call, plan)[block].split
+                                                  : find_own_item(call, plan, block);
   wait_for_kernel_before();  // every block: whoever follows this kernel follows attend_decode, too
   const ItemEnd& end = split.end;
   if (end.item < 0) return;

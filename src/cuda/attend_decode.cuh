@@ -7,9 +7,14 @@
 //
 // Budget of k2v2, head_dim 128, up to 4 query columns, in SASS instructions a warp and group of
 // four tiles (nvdisasm): 1170, or 293 a tile: scores 4 x 125 (64 LOP3, 16 HMMA and 16 HMUL2 each),
-// unpacking 240, V 240 (24 LOP3 and 8 IMMA a tile), weights 110, fetching 50. 168 registers, 8 or
+// unpacking 240, V 240 (24 LOP3 and 8 IMMA a tile), weights 110, fetching 50. 156 registers, 8 or
 // 12 warps on a multiprocessor. Reading a tile takes an H200 about 125 cycles of a multiprocessor,
 // 500 issue slots, an H100 about 180.
+//
+// Where code stands matters: between other kernels a call finds none of it in a cache, and what is
+// more than about 56 KB behind the kernel's start takes a warp twice to seven times as long then
+// (docs/performance.md). So what a planned call of 16-bit rows goes through stands first, and the
+// rest is functions that are not inlined, which come behind the kernel.
 #pragma once
 
 #include <cstdint>
@@ -66,33 +71,38 @@ __device__ inline void end_block(const CudaAttendCall& call, const DecodePlan& p
   }
 }
 
+// The tokens of the warp's segment; of exact ones with the tiles behind them. A loop of two rounds
+// and not exact tokens first, so that the code of tiles comes before theirs.
+template <class S>
+__device__ inline void attend_tokens(const CudaAttendCall& call, const DecodePlan& plan) {
+  char* warp = warp_memory<S>();
+  const WarpState<S>& state = warp_state<S>(warp);
+  const DecodeSequence& s = state.item.sequence;
+  bool exact;
+#pragma unroll 1
+  do {
+    const int begin = state.begin;
+    const int end = begin + state.units;
+    exact = begin < s.exact_units;
+    if (!exact) [[likely]] {
+      const int shift = tile_shift(state.level);
+      const int unit = (s.first_tile >> shift) - s.exact_units;
+      attend_packed_segment<S>(call, plan, max((unit + begin) << shift, s.first_tile),
+                               min((unit + end) << shift, s.packed_high), warp);
+    } else {
+      // Without the first of the units that stand for 32 tokens: an empty result.
+      const int weight = exact_weight(state.level);
+      attend_exact_any<S>(call, plan, (begin + weight - 1) / weight, (end + weight - 1) / weight,
+                          warp);
+    }
+  } while (exact && state.begin >= s.exact_units);
+}
+
 // The warp's segment, and the output of its item if that is all of it.
 template <class S>
 __device__ inline void attend_segment(const CudaAttendCall& call, const DecodePlan& plan,
                                       WarpEnd* ends) {
-  {
-    char* warp = warp_memory<S>();
-    const WarpState<S>& state = warp_state<S>(warp);
-    const DecodeSequence& s = state.item.sequence;
-    bool exact;
-#pragma unroll 1
-    do {
-      const int begin = state.begin;
-      const int end = begin + state.units;
-      exact = begin < s.exact_units;
-      if (!exact) [[likely]] {
-        const int shift = tile_shift(state.level);
-        const int unit = (s.first_tile >> shift) - s.exact_units;
-        attend_packed_segment<S>(call, plan, max((unit + begin) << shift, s.first_tile),
-                                 min((unit + end) << shift, s.packed_high), warp);
-      } else {
-        // Without the first of the units that stand for 32 tokens: an empty result.
-        const int weight = exact_weight(state.level);
-        attend_exact_any<S>(call, plan, (begin + weight - 1) / weight, (end + weight - 1) / weight,
-                            warp);
-      }
-    } while (exact && state.begin >= s.exact_units);
-  }
+  attend_tokens<S>(call, plan);
   char* warp = warp_memory<S>();
   WarpState<S>& state = warp_state<S>(warp);
   const DecodeSequence& s = state.item.sequence;
@@ -132,7 +142,7 @@ __device__ inline void attend_part(const CudaAttendCall& call, const DecodePlan&
   if (fresh_lane().index == 0) ends[fresh_warp()].tail = end_of(warp_state<S>(warp_memory<S>()));
 }
 
-// The same for each shape, without a plan: out of the way of what runs with one.
+// The block's part without a plan: out of the way of what runs with one.
 static __device__ __noinline__ void find_own_part(const CudaAttendCall& call,
                                                   const DecodePlan& plan, int block,
                                                   WarpSegment& first) {

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Exact tokens where query, ring and the call's rows are all fp16 or all bf16: operands of the
-// tensor cores as they are in memory. Weights in bf16 are two terms, 16 bits together. The same
-// code for both, since code that is not there need not come from memory.
+// tensor cores as they are in memory. Weights in bf16 are two terms, 16 bits together. All but
+// the products is the same code for both: what is not there need not come from memory.
 #pragma once
 
 #include <cstdint>
@@ -92,14 +92,10 @@ struct ExactHalf {
     const auto t = static_cast<unsigned>(lane.index) % 16;
     const std::uint32_t own =
         slot_of(tile, part) + t * kRowBytes + 16 * (static_cast<unsigned>(lane.index) / 16 ^ t % 8);
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      std::uint32_t a[4];
-      ldmatrix_x4(a, chunk_pair(own, s));
-#pragma unroll
-      for (int n = 0; n < S::kBlocks; ++n) {
-        mma_half(scores[n], a, query[n][s][0], query[n][s][1], is_bf16);
-      }
+    if (is_bf16) {
+      score_rows<DType::kBF16>(own, scores);
+    } else {
+      score_rows<DType::kF16>(own, scores);
     }
   }
 
@@ -109,38 +105,77 @@ struct ExactHalf {
   __device__ void add(const CudaAttendCall&, const DecodeSequence&, const Lane& lane, int part,
                       const std::byte*, const ExactTile<S>& tile,
                       const float (&exact)[S::kBlocks][4], ExactSums<S>& sums) const {
-    std::uint32_t high[S::kBlocks][2], low[S::kBlocks][2];  // tokens 2 c, + 1, and + 8 and + 9
-#pragma unroll
-    for (int i = 0; i < 2 * S::kBlocks; ++i) {
-      split_weights(exact[i / 2][i % 2 * 2], exact[i / 2][i % 2 * 2 + 1], high[i / 2][i % 2],
-                    low[i / 2][i % 2]);
-    }
     const auto index = static_cast<unsigned>(lane.index);
     const unsigned t = kExactTokens + index % 8 + 8 * (index / 16);
     const std::uint32_t own =
         slot_of(tile, part) + t * kRowBytes + 16 * (index / 8 % 2 ^ index % 8);
+    if (is_bf16) {
+      add_rows<DType::kBF16>(own, exact, sums);
+    } else {
+      add_rows<DType::kF16>(own, exact, sums);
+    }
+  }
+
+ private:
+  template <DType kType>
+  __device__ void score_rows(std::uint32_t own, float (&scores)[S::kBlocks][4]) const {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      std::uint32_t a[4];
+      ldmatrix_x4(a, chunk_pair(own, s));
+#pragma unroll
+      for (int n = 0; n < S::kBlocks; ++n) {
+        mma<kType>(scores[n], a, query[n][s][0], query[n][s][1]);
+      }
+    }
+  }
+
+  template <DType kType>
+  __device__ static void add_rows(std::uint32_t own, const float (&exact)[S::kBlocks][4],
+                                  ExactSums<S>& sums) {
+    std::uint32_t high[S::kBlocks][2], low[S::kBlocks][2];  // tokens 2 c, + 1, and + 8 and + 9
+#pragma unroll
+    for (int i = 0; i < 2 * S::kBlocks; ++i) {
+      split_weights<kType>(exact[i / 2][i % 2 * 2], exact[i / 2][i % 2 * 2 + 1], high[i / 2][i % 2],
+                           low[i / 2][i % 2]);
+    }
 #pragma unroll
     for (int r = 0; r < S::kPad / 16; ++r) {
       std::uint32_t a[4];
       ldmatrix_x4_transposed(a, chunk_pair(own, r));
 #pragma unroll
       for (int n = 0; n < S::kBlocks; ++n) {
-        mma_half(sums.out[n][r], a, high[n][0], high[n][1], is_bf16);
-        mma_half(sums.out[n][r], a, low[n][0], low[n][1], is_bf16);
+        mma<kType>(sums.out[n][r], a, high[n][0], high[n][1]);
+        if constexpr (kType == DType::kBF16) {
+          mma<kType>(sums.out[n][r], a, low[n][0], low[n][1]);
+        }
       }
     }
   }
 
- private:
-  // a and b as pairs: high, and what it lost in bf16.
-  __device__ void split_weights(float a, float b, std::uint32_t& high, std::uint32_t& low) const {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-    const float2 back = __bfloat1622float2(pair);
-    const __nv_bfloat162 rest = __floats2bfloat162_rn(a - back.x, b - back.y);
-    const __half2 half = __floats2half2_rn(a, b);
-    high = transpose_8x8(is_bf16 ? reinterpret_cast<const std::uint32_t&>(pair)
-                                 : reinterpret_cast<const std::uint32_t&>(half));
-    low = transpose_8x8(is_bf16 ? reinterpret_cast<const std::uint32_t&>(rest) : 0u);
+  template <DType kType>
+  __device__ static void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                             std::uint32_t b1) {
+    if constexpr (kType == DType::kBF16) {
+      mma_bf16(c, a[0], a[1], a[2], a[3], b0, b1);
+    } else {
+      mma_f16(c, a[0], a[1], a[2], a[3], b0, b1, c);
+    }
+  }
+
+  template <DType kType>
+  __device__ static void split_weights(float a, float b, std::uint32_t& high, std::uint32_t& low) {
+    if constexpr (kType == DType::kBF16) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+      const float2 back = __bfloat1622float2(pair);
+      const __nv_bfloat162 rest = __floats2bfloat162_rn(a - back.x, b - back.y);
+      high = transpose_8x8(reinterpret_cast<const std::uint32_t&>(pair));
+      low = transpose_8x8(reinterpret_cast<const std::uint32_t&>(rest));
+    } else {
+      const __half2 pair = __floats2half2_rn(a, b);
+      high = transpose_8x8(reinterpret_cast<const std::uint32_t&>(pair));
+      low = 0;
+    }
   }
 };
 

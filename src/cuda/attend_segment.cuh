@@ -132,8 +132,7 @@ struct SegmentSums {
   PackedSums<S> sums;
 };
 
-// attend_group where columns see different tokens, or with a soft cap: out of the way, since the
-// first 56 KB of a kernel's code come sooner than what is behind them.
+// attend_group where columns see different tokens, or with a soft cap: out of the way.
 template <class S>
 __device__ __noinline__ SegmentSums<S> attend_special_group(const CudaAttendCall& call, char* warp,
                                                             GroupTiles tiles, DecodeFetch<S> fetch,

@@ -52,21 +52,13 @@ __device__ inline void mma_s8(int (&c)[4], std::uint32_t a0, std::uint32_t a1, s
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// a b + c in place, of bf16 or fp16: two operations of which one is skipped, since a branch around
-// each of many would be more code.
-__device__ inline void mma_half(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
-                                std::uint32_t b1, bool is_bf16) {
-  asm("{\n"
-      ".reg .pred bf16;\n"
-      "setp.ne.u32 bf16, %10, 0;\n"
-      "@bf16 mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-      "{%8,%9}, {%0,%1,%2,%3};\n"
-      "@!bf16 mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-      "{%8,%9}, {%0,%1,%2,%3};\n"
-      "}\n"
+// As mma_f16, of bf16, in place.
+__device__ inline void mma_bf16(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
+                                std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1),
-        "r"(static_cast<std::uint32_t>(is_bf16)));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // The same in tf32: a 16 x 8 (rows lane / 4 and + 8; columns lane % 4 and + 4), b 8 x 8.

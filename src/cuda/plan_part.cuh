@@ -82,7 +82,7 @@ __device__ inline void set_segment(const DecodePlan& plan, const DecodePlace& pl
   to.first_item = place.item;
 }
 
-// The segment behind the one in `to`; false: that was the last of the part.
+// The segment behind the one in `to`; false: that was the last of the part. Few warps have one.
 static __device__ __noinline__ bool next_segment(const CudaAttendCall& call, const DecodePlan& plan,
                                                  int lane, WarpSegment& to) {
   const int unit = to.next;
