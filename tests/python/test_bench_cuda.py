@@ -20,7 +20,9 @@ def bench(*arguments):
 
 
 def row(kernel, batch, tokens, us):
-    return CudaRow(kernel, "32/8/128", batch, tokens, False, 1, us, 1000, 1.0, 100 / us, 1.0)
+    return CudaRow(
+        kernel, "32/8/128", batch, tokens, False, 1, us, 1000, 1.0, 100 / us, 1.0, "read"
+    )
 
 
 def test_default_cases_are_distinct_and_have_names():
@@ -55,13 +57,15 @@ def test_without_a_gpu_it_says_so():
 
 
 @needs_gpu
-@pytest.mark.parametrize("queries", [1, 16])
-def test_rows_on_a_gpu(queries):
+@pytest.mark.parametrize(("queries", "flush"), [(1, "read"), (16, "read"), (1, "write")])
+def test_rows_on_a_gpu(queries, flush):
+    dirty = ["--dirty"] if flush == "write" else []
     options = ["--shape", "8/2/128", "--batch", 2, "--tokens", 1024, "--queries", queries]
-    result = bench(*options, "--repeats", 2, "--format", "k4v2", "--json")
+    result = bench(*options, *dirty, "--repeats", 2, "--format", "k4v2", "--json")
     assert result.exit_code == 0, result.output
     rows = {row["kernel"]: row for row in json.loads(result.stdout.splitlines()[-1])}
     assert rows["oscar k4v2"]["cache_bytes"] == 2 * 2 * 32 * 3328
     assert rows["torch flash"]["speedup"] == 1.0
     assert rows["read k4v2 bytes"]["bound_fraction"] == 1.0
     assert all(row["us"] > 0 and row["batch"] == 2 for row in rows.values())
+    assert {row["flush"] for row in rows.values()} == {flush}
