@@ -16,6 +16,7 @@ namespace oscar::cuda {
 struct Device {
   int multiprocessors = 1;
   int arch = 900;  // of the code that runs: a device also takes what was compiled for an older one
+  int shared_bytes = 0;  // dynamic ones that a block of attend_decode may have
 };
 
 inline int multiprocessors() {
@@ -30,7 +31,11 @@ template <class S>
 Device current_device() {
   cudaFuncAttributes code{};
   cudaFuncGetAttributes(&code, attend_decode<S>);
-  return {multiprocessors(), code.ptxVersion >= 90 ? 900 : 800};
+  int device = 0, shared = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return {multiprocessors(), code.ptxVersion >= 90 ? 900 : 800,
+          shared - static_cast<int>(code.sharedSizeBytes)};
 }
 
 // Query columns of an item: as few of 4, 8 and 16 as hold what a sequence has; registers have no
@@ -55,12 +60,14 @@ inline int slot_floats(const Layout& layout, int slot_columns) {
 }
 
 // Of few items a multiprocessor, fewer warps: memory is kept as busy by their tiles, and each waits
-// less. Of many items a warp does one after the other, and others have to fill its pauses.
+// less. Of many items a warp does one after the other, and others have to fill its pauses. Devices
+// with less shared memory than that of S::warps (99 KiB from sm_86 on) have what fits there.
 template <class S>
 int block_warps(const CudaAttendCall& call, const Device& device) {
   const std::int64_t items = static_cast<std::int64_t>(call.batch.size) * call.layout.kv_heads;
-  const int most = S::warps(device.arch);
-  return items > 2 * device.multiprocessors ? most : std::min(most, 8);
+  const int wanted = items > 2 * device.multiprocessors ? kMostDecodeWarps : 8;
+  const int fit = std::max(device.shared_bytes / S::kWarpBytes, 1);
+  return std::min({wanted, S::warps(device.arch), fit});
 }
 
 // The second kernel starts beside the first and waits for its end.
