@@ -58,7 +58,7 @@ static __global__ void evict_code(float* sink) {
 }
 
 // Reads the buffer: its lines, unlike written ones, need not go to memory when others take their
-// place.
+// place. By ordinary loads: streaming ones would give way to each other, not push others out.
 static __global__ void __launch_bounds__(512)
     read_flush(const uint4* data, std::int64_t count, uint4* sink) {
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;

@@ -10,6 +10,7 @@
 #include "cuda/append_step.cuh"
 #include "cuda/append_warp.cuh"
 #include "cuda/check.hpp"
+#include "cuda/device.hpp"
 #include "oscar/cuda.hpp"
 
 namespace oscar::cuda {
@@ -21,15 +22,6 @@ constexpr std::int64_t kManyFed = 1056;     // tiles with feedback that an H200 
 constexpr std::int64_t kFewFed = 384;       // with up to so many, append_step.cuh's schedule
 constexpr int kFewestFed = 48;              // with up to so many, two blocks a tile of it
 constexpr std::int32_t kMostHeads = 65535;  // of a grid's second dimension
-
-// Shared memory that a block may have on the current device.
-int most_shared_bytes() {
-  int device = 0;
-  int bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  (void)cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
 
 // Feedback of few tiles. False where the device has too little shared memory.
 template <typename T, int kHeadDim, int kKeyBits, int kValueBits>

@@ -79,6 +79,7 @@ struct DecodeFetch {
                                                    int group, int last) {
     return page_of(call, plan, state, min(group * kGroupTiles + lane.index, last - 1));
   }
+
   // To the tiles from `group` on, `page` being that of tile `lane` of them; the pages of the step
   // after this are asked for.
   __device__ static void step(const CudaAttendCall& call, const DecodePlan& plan,

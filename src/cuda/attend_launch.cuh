@@ -10,6 +10,7 @@
 
 #include "cuda/attend_combine.cuh"
 #include "cuda/attend_decode.cuh"
+#include "cuda/device.hpp"
 
 namespace oscar::cuda {
 
@@ -19,23 +20,13 @@ struct Device {
   int shared_bytes = 0;  // dynamic ones that a block of attend_decode may have
 };
 
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
-// Of the current device; no call that could synchronise.
+// The current one.
 template <class S>
 Device current_device() {
   cudaFuncAttributes code{};
   cudaFuncGetAttributes(&code, attend_decode<S>);
-  int device = 0, shared = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return {multiprocessors(), code.ptxVersion >= 90 ? 900 : 800,
-          shared - static_cast<int>(code.sharedSizeBytes)};
+          most_shared_bytes() - static_cast<int>(code.sharedSizeBytes)};
 }
 
 // Query columns of an item: as few of 4, 8 and 16 as hold what a sequence has; registers have no

@@ -14,6 +14,7 @@
 // that each lane has one of them; more stand side by side, two a lane and block.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/plan_part.cuh"
@@ -32,8 +33,6 @@ inline constexpr int kArch = __CUDA_ARCH__;
 #else
 inline constexpr int kArch = 900;
 #endif
-
-constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // kDim is head_dim, or with kAny the largest head_dim that the instance takes.
 template <int kDim_, bool kAny_, int kKBits_, int kVBits_, int kLaneColumns_>
@@ -86,12 +85,12 @@ struct DecodeShape {
   static constexpr int kExactSlotBytes = 32 * 2 * kPad;
   static constexpr int kExactBytes = kExactRows + kExactSlots * kExactSlotBytes;
   static constexpr int kTails =
-      larger(kValues + kGroupTiles * kValueBytes, kAhead ? kExactRows + kExactSlotBytes : 0);
+      std::max(kValues + kGroupTiles * kValueBytes, kAhead ? kExactRows + kExactSlotBytes : 0);
   static constexpr int kKeys = (kTails + kGroupTiles * kTailBytes + 127) / 128 * 128;
   static constexpr int kGroupBytes = kKeys + kGroupTiles * kKeyBytes;
   static constexpr int kPartialBytes = kColumns * (kDim + 2) * 4;  // in the same place at the end
   static constexpr int kTileOffsets =                              // DecodeFetch
-      (larger(larger(kGroupBytes, kPartialBytes), kExactBytes) + 127) / 128 * 128;
+      (std::max({kGroupBytes, kPartialBytes, kExactBytes}) + 127) / 128 * 128;
   static constexpr int kNextPages = kTileOffsets + 128;
   static constexpr int kState = kNextPages + 128;  // WarpState
   static constexpr int kWarpBytes = kState + 256;

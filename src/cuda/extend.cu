@@ -5,6 +5,7 @@
 // further turns of a conversation.
 #include <algorithm>
 
+#include "cuda/device.hpp"
 #include "cuda/extend_launch.hpp"
 #include "cuda/extend_mma.cuh"
 
@@ -12,13 +13,6 @@ namespace oscar::cuda {
 namespace {
 
 constexpr int kBlockRows = 128;  // of every kernel here
-
-int multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return std::max(count, 1);
-}
 
 // Row blocks of one KV head: a bound from what the host knows.
 int row_blocks(std::int32_t batch_size, std::int64_t query_tokens, int group,

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Launches the sm_90a kernel; apart from extend.cu, because wgmma exists for that target only.
+#include "cuda/device.hpp"
 #include "cuda/extend_launch.hpp"
 #include "cuda/extend_wgmma.cuh"
 
@@ -22,11 +23,8 @@ void launch(const CudaAttendCall& call, const Splits& splits, cudaStream_t strea
 
 bool has_extend_sm90(int head_dim) {
   if (head_dim != 64 && head_dim != 128 && head_dim != 256) return false;
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 }
 
 bool launch_extend_sm90(const CudaAttendCall& call, const Splits& splits, cudaStream_t stream) {

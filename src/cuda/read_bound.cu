@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cuda/device.hpp"
 #include "cuda/read_bound.hpp"
 
 namespace oscar::cuda {
@@ -37,12 +38,9 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void read_bytes(const void* data, std::size_t bytes, std::uint64_t* total, void* stream) {
-  int device = 0, multiprocessors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   const std::size_t count = bytes / sizeof(ulonglong2);
   // All threads that fit at once, fewer where one load each is enough.
-  const std::size_t most = static_cast<std::size_t>(multiprocessors) * (2048 / kThreads);
+  const std::size_t most = static_cast<std::size_t>(multiprocessors()) * (2048 / kThreads);
   const std::size_t blocks = std::min(most, (count + kThreads - 1) / kThreads);
   if (blocks == 0) return;
   read_bound<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(

@@ -6,7 +6,7 @@ All kernels of a case run in one process on the same K and V, interleaved. Each 
 a captured CUDA graph (as serving engines launch it; eager where a kernel cannot be captured), after
 a read of more bytes than the L2 cache holds, as the weights of a model are read between two calls.
 After a write it would be full of lines that must go to memory in the time of the next call, 8 to
-10 us on an H100: `Flush.WRITE` measures that. Times are medians of event pairs.
+10 us on an H100: `dirty` measures that. Times are medians of event pairs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from enum import Enum
 from functools import partial
 
 import torch
@@ -28,13 +27,6 @@ from .attention import Case
 FLUSH_BYTES = 256 << 20
 WINDOW, SINKS, PAGE_TOKENS = 32, 4, 128
 FLASH = "torch flash"
-
-
-class Flush(str, Enum):
-    """What happens to the L2 cache before a call: other data is read into it, or written."""
-
-    READ = "read"
-    WRITE = "write"
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,8 @@ class CudaRow:
     """One kernel's result.
 
     `gigabytes_per_s`: cache bytes over time. `speedup`: against the fastest torch flash row of the
-    case. `bound_fraction`: time to only read the same bytes over the kernel's time.
+    case. `bound_fraction`: time to only read the same bytes over the kernel's time. `flush`: how
+    other data came into the L2 cache before each call, "read" or "write".
     """
 
     kernel: str
@@ -332,7 +325,7 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
 def _measure(
     calls: dict[str, Callable[[], object]],
     repeats: int,
-    flush: Flush,
+    dirty: bool,
     on_step: Callable[[], None] | None,
 ) -> dict[str, float]:
     """Median microseconds of each call, interleaved, with a cold L2 cache."""
@@ -342,7 +335,10 @@ def _measure(
         events = []
         for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            _ = other.sum() if flush == Flush.READ else other.fill_(step)
+            if dirty:
+                other.fill_(step)
+            else:
+                other.sum()
             start.record()
             call()
             end.record()
@@ -361,7 +357,7 @@ def run_cuda(
     formats: list[str],
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 30,
-    flush: Flush = Flush.READ,
+    dirty: bool = False,
     on_step: Callable[[], None] | None = None,
 ) -> list[CudaRow]:
     """Times every kernel of one case; one CudaRow a kernel. A kernel that refuses is left out."""
@@ -377,7 +373,7 @@ def run_cuda(
         except RuntimeError:
             if kernel.name.startswith("oscar"):
                 raise
-    medians = _measure(calls, repeats, flush, on_step)
+    medians = _measure(calls, repeats, dirty, on_step)
     flash = min(us for name, us in medians.items() if name.startswith(FLASH))
     return [
         CudaRow(
@@ -392,7 +388,7 @@ def run_cuda(
             gigabytes_per_s=round(kernel.cache_bytes / medians[kernel.name] / 1e3, 1),
             speedup=round(flash / medians[kernel.name], 3),
             bound_fraction=round(medians[kernel.bound or kernel.name] / medians[kernel.name], 3),
-            flush=flush.value,
+            flush="write" if dirty else "read",
         )
         for kernel in kernels
         if kernel.name in medians

@@ -171,7 +171,7 @@ def cuda(
 
     if not torch.cuda.is_available():
         raise InputError("bench cuda needs a CUDA device, torch sees none")
-    from ..bench.cuda import Flush, default_cases, parse_case, run_cuda
+    from ..bench.cuda import default_cases, parse_case, run_cuda
 
     cases = default_cases()
     if shape or batch or tokens or queries:
@@ -183,12 +183,11 @@ def cuda(
             for one_queries in queries or [1]
         ]
     formats = [one.value for one in format or [PackedFormat.K2V2]]
-    flush = Flush.WRITE if dirty else Flush.READ
     rows = []
     console = Console()
     for case in cases:
         with progress_bar(case.name, repeats + 3) as advance:
-            found = run_cuda(case, formats, repeats=repeats, flush=flush, on_step=advance)
+            found = run_cuda(case, formats, repeats=repeats, dirty=dirty, on_step=advance)
         rows += found
         if not as_json:
             console.print(_table(case.name, found))
