@@ -22,7 +22,15 @@ inline int multiprocessors() {
   return std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
 }
 
-// Shared memory that a block may have.
-inline int most_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+// Shared memory that a block may have. Compiled with -DOSCAR_MOST_SHARED=101376, any GPU pretends
+// to be one with 99 KiB (sm_86, sm_89, sm_120).
+inline int most_shared_bytes() {
+  const int bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+#ifdef OSCAR_MOST_SHARED
+  return std::min(bytes, OSCAR_MOST_SHARED);
+#else
+  return bytes;
+#endif
+}
 
 }  // namespace oscar::cuda

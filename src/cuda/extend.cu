@@ -12,20 +12,26 @@
 namespace oscar::cuda {
 namespace {
 
-constexpr int kBlockRows = 128;  // of every kernel here
+constexpr int kBlockRows = 128;
+constexpr int kSmallBlockRows = 64;  // where kBlockRows do not fit
+
+int block_rows(const Layout& layout) {
+  const bool fits = layout.head_dim <= 128 || has_extend_sm90(layout) ||
+                    MmaShape<256, kBlockRows>::shared_bytes(layout.tile()) <= most_shared_bytes();
+  return fits ? kBlockRows : kSmallBlockRows;
+}
 
 // Row blocks of one KV head: a bound from what the host knows.
 int row_blocks(std::int32_t batch_size, std::int64_t query_tokens, int group,
-               std::int32_t max_query_len) {
-  const std::int64_t by_tokens = batch_size + query_tokens * group / kBlockRows;
-  const std::int64_t each =
-      (static_cast<std::int64_t>(max_query_len) * group + kBlockRows - 1) / kBlockRows;
+               std::int32_t max_query_len, int rows) {
+  const std::int64_t by_tokens = batch_size + query_tokens * group / rows;
+  const std::int64_t each = (static_cast<std::int64_t>(max_query_len) * group + rows - 1) / rows;
   return static_cast<int>(std::min(by_tokens, batch_size * each));
 }
 
 // The kernel for sm_90 keeps a multiprocessor busy with one block.
-int blocks_per_multiprocessor(int head_dim) {
-  return head_dim > 128 || has_extend_sm90(head_dim) ? 1 : 2;
+int blocks_per_multiprocessor(const Layout& layout) {
+  return layout.head_dim > 128 || has_extend_sm90(layout) ? 1 : 2;
 }
 
 // The tokens of a block are split where the blocks would leave multiprocessors idle: the fewest
@@ -33,9 +39,10 @@ int blocks_per_multiprocessor(int head_dim) {
 Splits choose_splits(const Layout& layout, std::int32_t batch_size, std::int64_t query_tokens,
                      std::int32_t q_heads, std::int32_t max_query_len) {
   Splits splits;
-  splits.blocks = row_blocks(batch_size, query_tokens, q_heads / layout.kv_heads, max_query_len);
+  splits.blocks = row_blocks(batch_size, query_tokens, q_heads / layout.kv_heads, max_query_len,
+                             block_rows(layout));
   const std::int64_t slots =
-      static_cast<std::int64_t>(multiprocessors()) * blocks_per_multiprocessor(layout.head_dim);
+      static_cast<std::int64_t>(multiprocessors()) * blocks_per_multiprocessor(layout);
   const std::int64_t blocks = static_cast<std::int64_t>(splits.blocks) * layout.kv_heads;
   double best = 0.0;
   for (int count = 1; count == 1 || (count * blocks <= 2 * slots && count <= 64); ++count) {
@@ -50,24 +57,31 @@ Splits choose_splits(const Layout& layout, std::int32_t batch_size, std::int64_t
   return splits;
 }
 
-template <int kPaddedDim, bool kFull>
+template <class Shape, bool kFull>
 void launch(const CudaAttendCall& call, const Splits& splits, cudaStream_t stream) {
-  using Shape = MmaShape<kPaddedDim>;
   const int shared = Shape::shared_bytes(call.layout.tile());
-  cudaFuncSetAttribute(extend_mma<kPaddedDim, kFull>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncSetAttribute(extend_mma<Shape, kFull>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        shared);
   const dim3 grid(static_cast<unsigned>(splits.blocks * splits.count),
                   static_cast<unsigned>(call.layout.kv_heads));
-  extend_mma<kPaddedDim, kFull><<<grid, Shape::kThreads, shared, stream>>>(call, splits);
+  extend_mma<Shape, kFull><<<grid, Shape::kThreads, shared, stream>>>(call, splits);
 }
 
-template <int kPaddedDim>
+template <int kPaddedDim, int kRows>
 void launch(const CudaAttendCall& call, const Splits& splits, cudaStream_t stream) {
+  using Shape = MmaShape<kPaddedDim, kRows>;
   if (call.layout.head_dim == kPaddedDim) {
-    launch<kPaddedDim, true>(call, splits, stream);
+    launch<Shape, true>(call, splits, stream);
   } else {
-    launch<kPaddedDim, false>(call, splits, stream);
+    launch<Shape, false>(call, splits, stream);
   }
+}
+
+template <int kRows>
+void combine(const CudaAttendCall& call, const Splits& splits, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(splits.blocks), static_cast<unsigned>(call.layout.kv_heads),
+                  4);
+  combine_extend<kRows><<<grid, 256, 0, stream>>>(call, splits);
 }
 
 }  // namespace
@@ -78,26 +92,31 @@ std::size_t extend_workspace_bytes(const Layout& layout, std::int32_t batch_size
   if (batch_size <= 0 || layout.kv_heads <= 0 || q_heads < layout.kv_heads) return 0;
   const Splits splits = choose_splits(layout, batch_size, query_tokens, q_heads, max_query_len);
   if (splits.count == 1) return 0;
-  return static_cast<std::size_t>(splits.blocks) * splits.count * layout.kv_heads * kBlockRows *
-         (layout.head_dim + 2) * sizeof(float);
+  return static_cast<std::size_t>(splits.blocks) * splits.count * layout.kv_heads *
+         block_rows(layout) * (layout.head_dim + 2) * sizeof(float);
 }
 
 void launch_attend_extend(const CudaAttendCall& call, cudaStream_t stream) {
   const Splits splits =
       choose_splits(call.layout, call.batch.size, call.q.tokens, call.q.heads, call.max_query_len);
+  const int rows = block_rows(call.layout);
   if (launch_extend_sm90(call, splits, stream)) {
     // done
   } else if (call.layout.head_dim <= 64) {
-    launch<64>(call, splits, stream);
+    launch<64, kBlockRows>(call, splits, stream);
   } else if (call.layout.head_dim <= 128) {
-    launch<128>(call, splits, stream);
+    launch<128, kBlockRows>(call, splits, stream);
+  } else if (rows == kBlockRows) {
+    launch<256, kBlockRows>(call, splits, stream);
   } else {
-    launch<256>(call, splits, stream);
+    launch<256, kSmallBlockRows>(call, splits, stream);
   }
   if (splits.count == 1) return;
-  const dim3 grid(static_cast<unsigned>(splits.blocks), static_cast<unsigned>(call.layout.kv_heads),
-                  4);
-  combine_extend<kBlockRows><<<grid, 256, 0, stream>>>(call, splits);
+  if (rows == kBlockRows) {
+    combine<kBlockRows>(call, splits, stream);
+  } else {
+    combine<kSmallBlockRows>(call, splits, stream);
+  }
 }
 
 }  // namespace oscar::cuda

@@ -131,17 +131,18 @@ __device__ inline void fill_call(const CudaAttendCall& call, const RowBlock& blo
 }
 
 // A unit of exact tokens [first, end), natural order, each from where its exact copy is.
-template <int kPaddedDim, int kThreads>
+template <int kPaddedDim, int kThreads, Fill kFill = Fill::kBoth>
 __device__ inline void fill_exact(const CudaAttendCall& call, const RowBlock& block, int first,
                                   int end, int thread, char* k_operand, char* v_operand) {
-  if (first >= block.cached && call.k_new.dtype != DType::kF32 && call.v_new.dtype != DType::kF32) {
+  if (kFill == Fill::kBoth && first >= block.cached && call.k_new.dtype != DType::kF32 &&
+      call.v_new.dtype != DType::kF32) {
     fill_call<kPaddedDim, kThreads>(call, block, first, end - first, thread, k_operand, v_operand);
     return;
   }
   const int chunks = call.layout.head_dim / 8;
   DType dtype;
 #pragma unroll 1
-  for (int i = thread; i < kUnitTokens * chunks; i += kThreads) {
+  for (int i = thread; kFill != Fill::kValues && i < kUnitTokens * chunks; i += kThreads) {
     const int token = i / chunks;
     const int chunk = i % chunks;
     uint4 x = make_uint4(0, 0, 0, 0);
@@ -153,7 +154,7 @@ __device__ inline void fill_exact(const CudaAttendCall& call, const RowBlock& bl
                               swizzled(token, chunk % 8)) = x;
   }
 #pragma unroll 1
-  for (int i = thread; i < 8 * chunks; i += kThreads) {
+  for (int i = thread; kFill != Fill::kKeys && i < 8 * chunks; i += kThreads) {
     uint4 x[8] = {};
 #pragma unroll
     for (int t = 0; t < 8; ++t) {

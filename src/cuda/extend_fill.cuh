@@ -178,10 +178,13 @@ __device__ inline void unpack_value_row(const std::uint32_t (&w)[2], const __hal
   *reinterpret_cast<uint4*>(target) = make_uint4(out[0], out[1], out[2], out[3]);
 }
 
+// Which operands of a unit to make: both, or one after the other in the same place.
+enum class Fill : std::uint8_t { kBoth, kKeys, kValues };
+
 // A packed unit of one format by kThreads threads. Half of the warps take each tile; a thread has
 // one chunk of eight channels of K, of kSteps position quads, and kColumns columns of V words.
 // All reads of the tile come first: behind a write to shared memory the compiler must keep them.
-template <int kPaddedDim, bool kFull, int kKeyBits, int kValueBits, int kThreads>
+template <int kPaddedDim, bool kFull, int kKeyBits, int kValueBits, int kThreads, Fill kFill>
 __device__ inline void fill_format(int head_dim, const char* raw, int thread,
                                    TokenParameters* parameters, char* k_operand, char* v_operand) {
   const TileLayout tile{kFull ? kPaddedDim : head_dim, {kKeyBits, kValueBits}};
@@ -189,7 +192,7 @@ __device__ inline void fill_format(int head_dim, const char* raw, int thread,
   constexpr int kChunks = kPaddedDim / 8;
   constexpr int kSteps = 8 * kChunks / kTileThreads;
   constexpr int kOctets = 4 * 32 / kTileThreads;  // of eight tokens, a warp
-  constexpr int kColumns = kOctets * kPaddedDim * kValueBits / 8 / 32;
+  constexpr int kColumns = kFill == Fill::kKeys ? 0 : kOctets * kPaddedDim * kValueBits / 8 / 32;
   const int t = thread / kTileThreads;
   const int lane = thread % 32;
   const char* bytes = raw + t * tile.tile_bytes();
@@ -197,7 +200,7 @@ __device__ inline void fill_format(int head_dim, const char* raw, int thread,
   const int chunk = index % 8 + index / 8 % (kChunks / 8) * 8;
   // Lines lie 512 bytes apart: neighbouring lines start at other quads, in other banks.
   const int g0 = kSteps * (index / kChunks) + 2 * (chunk / 2);
-  const bool has_keys = kFull || 8 * chunk < head_dim;
+  const bool has_keys = kFill != Fill::kValues && (kFull || 8 * chunk < head_dim);
   const int line = kKeyBits == 2 ? chunk / 2 : chunk;
   const TokenBytes token(tile, bytes, lane);
   const KeyUnits units = token.units();
@@ -213,7 +216,7 @@ __device__ inline void fill_format(int head_dim, const char* raw, int thread,
   const int stride = tile.v_group_channels();
   const int octet0 = thread / 32 % (kTileThreads / 32) * kOctets;
   const auto* codes = reinterpret_cast<const std::uint32_t*>(bytes + tile.v_codes_offset());
-  std::uint32_t columns[kColumns][2] = {};
+  std::uint32_t columns[kColumns + 1][2] = {};
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
     const int octet = octet0 + (lane + 32 * i) / stride;
@@ -262,19 +265,19 @@ __device__ inline void fill_format(int head_dim, const char* raw, int thread,
 
 // A packed unit. raw: its two tiles, one after the other; parameters: one a warp. The operands are
 // complete after the next barrier.
-template <int kPaddedDim, bool kFull, int kThreads>
+template <int kPaddedDim, bool kFull, int kThreads, Fill kFill = Fill::kBoth>
 __device__ inline void fill_packed(const Layout& layout, const char* raw, int thread,
                                    TokenParameters* parameters, char* k_operand, char* v_operand) {
   const int head_dim = layout.head_dim;
   if (layout.format == kK2V2) {
-    fill_format<kPaddedDim, kFull, 2, 2, kThreads>(head_dim, raw, thread, parameters, k_operand,
-                                                   v_operand);
+    fill_format<kPaddedDim, kFull, 2, 2, kThreads, kFill>(head_dim, raw, thread, parameters,
+                                                          k_operand, v_operand);
   } else if (layout.format == kK4V2) {
-    fill_format<kPaddedDim, kFull, 4, 2, kThreads>(head_dim, raw, thread, parameters, k_operand,
-                                                   v_operand);
+    fill_format<kPaddedDim, kFull, 4, 2, kThreads, kFill>(head_dim, raw, thread, parameters,
+                                                          k_operand, v_operand);
   } else {
-    fill_format<kPaddedDim, kFull, 4, 4, kThreads>(head_dim, raw, thread, parameters, k_operand,
-                                                   v_operand);
+    fill_format<kPaddedDim, kFull, 4, 4, kThreads, kFill>(head_dim, raw, thread, parameters,
+                                                          k_operand, v_operand);
   }
 }
 

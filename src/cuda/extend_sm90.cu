@@ -21,14 +21,19 @@ void launch(const CudaAttendCall& call, const Splits& splits, cudaStream_t strea
 
 }  // namespace
 
-bool has_extend_sm90(int head_dim) {
+bool has_extend_sm90(const Layout& layout) {
+  const int head_dim = layout.head_dim;
   if (head_dim != 64 && head_dim != 128 && head_dim != 256) return false;
+  const TileLayout tile = layout.tile();
+  const int shared = head_dim == 64    ? WgmmaShape<64>::shared_bytes(tile)
+                     : head_dim == 128 ? WgmmaShape<128>::shared_bytes(tile)
+                                       : WgmmaShape<256>::shared_bytes(tile);
   return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0 && shared <= most_shared_bytes();
 }
 
 bool launch_extend_sm90(const CudaAttendCall& call, const Splits& splits, cudaStream_t stream) {
-  if (!has_extend_sm90(call.layout.head_dim)) return false;
+  if (!has_extend_sm90(call.layout)) return false;
   if (call.layout.head_dim == 64) {
     launch<64>(call, splits, stream);
   } else if (call.layout.head_dim == 128) {
