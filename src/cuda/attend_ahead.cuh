@@ -15,17 +15,29 @@
 
 namespace oscar::cuda {
 
-// Tiles x to y - 1: what the warp goes on with behind the exact tokens of its segment; y is 0 where
-// that is nothing.
+// Tiles x to y - 1: those of units begin to end - 1 of an item, none of them exact.
+__device__ inline int2 tiles_of(const DecodeSequence& s, int level, int begin, int end) {
+  const int shift = tile_shift(level);
+  const int unit = (s.first_tile >> shift) - s.exact_units;
+  return make_int2(max((unit + begin) << shift, s.first_tile),
+                   min((unit + end) << shift, s.packed_high));
+}
+
+// Units of the item behind the segment that are the warp's, too.
+template <class S>
+__device__ inline int units_behind(const WarpState<S>& state) {
+  return min(state.last - state.next, state.item.sequence.item_units() - state.begin - state.units);
+}
+
+// What the warp goes on with behind the exact tokens of its segment; y is 0 where that is nothing.
 template <class S>
 __device__ inline int2 tiles_behind(const WarpState<S>& state) {
   if constexpr (!S::kAhead) return make_int2(0, 0);
   const DecodeSequence& s = state.item.sequence;
-  const int behind = state.begin + state.units;
-  const int units = min(state.last - state.next, s.item_units() - behind);
-  if (behind < s.exact_units || units <= 0) return make_int2(0, 0);
-  const int shift = tile_shift(state.level);
-  return make_int2(s.first_tile, min(((s.first_tile >> shift) + units) << shift, s.packed_high));
+  const int begin = state.begin + state.units;
+  const int units = units_behind<S>(state);
+  if (begin < s.exact_units || units <= 0) return make_int2(0, 0);
+  return tiles_of(s, state.level, begin, begin + units);
 }
 
 // Asks for their page, at the start of the exact tokens.
@@ -69,8 +81,7 @@ __device__ inline RawQuery<S>* query_ahead(char* warp) {
 // To the segment of these tiles, as next_segment would go.
 template <class S>
 __device__ inline void go_on_with_tiles(const Lane& lane, WarpState<S>& state) {
-  const int units =
-      min(state.last - state.next, state.item.sequence.item_units() - state.begin - state.units);
+  const int units = units_behind<S>(state);
   __syncwarp();
   if (lane.index == 0) {
     state.slots |= 1;
@@ -78,7 +89,6 @@ __device__ inline void go_on_with_tiles(const Lane& lane, WarpState<S>& state) {
     state.units = units;
     state.next += units;
     state.done += units;
-    state.ahead = 1;
   }
   __syncwarp();
 }

@@ -85,10 +85,8 @@ __device__ inline void attend_tokens(const CudaAttendCall& call, const DecodePla
     const int end = begin + state.units;
     exact = begin < s.exact_units;
     if (!exact) [[likely]] {
-      const int shift = tile_shift(state.level);
-      const int unit = (s.first_tile >> shift) - s.exact_units;
-      attend_packed_segment<S>(call, plan, max((unit + begin) << shift, s.first_tile),
-                               min((unit + end) << shift, s.packed_high), warp);
+      const int2 tiles = tiles_of(s, state.level, begin, end);
+      attend_packed_segment<S>(call, plan, tiles.x, tiles.y, warp);
     } else {
       // Without the first of the units that stand for 32 tokens: an empty result.
       const int weight = exact_weight(state.level);
@@ -132,9 +130,7 @@ __device__ inline void attend_part(const CudaAttendCall& call, const DecodePlan&
   if (fresh_lane().index == 0) {
     WarpEnd& end = ends[fresh_warp()];
     end.tail.item = end.head.item = -1;
-    warp_state<S>(warp_memory<S>()).ahead = 0;
   }
-  __syncwarp();
   if (warp_state<S>(warp_memory<S>()).units == 0) return;
   do {
     attend_segment<S>(call, plan, ends);

@@ -24,9 +24,8 @@ struct ExactAny {
   }
 
   const std::byte* queries[S::kBlocks];  // the row of column g
-  int last_part;                         // no rows are staged
 
-  __device__ void load_query(const CudaAttendCall&, const Lane&,
+  __device__ void load_query(const CudaAttendCall&, const Lane&, int,
                              const std::byte* const (&rows)[S::kBlocks]) {
 #pragma unroll
     for (int n = 0; n < S::kBlocks; ++n) queries[n] = rows[n];

@@ -22,8 +22,9 @@ struct ExactHalf {
   bool is_bf16;
   int last_part;  // in slot 0
 
-  __device__ void load_query(const CudaAttendCall& call, const Lane& lane,
+  __device__ void load_query(const CudaAttendCall& call, const Lane& lane, int last,
                              const std::byte* const (&queries)[S::kBlocks]) {
+    last_part = last;
     is_bf16 = call.q.dtype == DType::kBF16;
 #pragma unroll
     for (int n = 0; n < S::kBlocks; ++n) {

@@ -17,7 +17,8 @@ namespace oscar::cuda {
 // masked.
 template <class S, class Math>
 __device__ inline void load_exact_query(const CudaAttendCall& call, const DecodePlan& plan,
-                                        const DecodeItem& item, const Lane& lane, Math& math) {
+                                        const DecodeItem& item, const Lane& lane, int last_part,
+                                        Math& math) {
   const DecodeSequence& s = item.sequence;
   const std::byte* queries[S::kBlocks];
   const int columns = s.queries * plan.group - item.first_column;
@@ -26,7 +27,7 @@ __device__ inline void load_exact_query(const CudaAttendCall& call, const Decode
     const DecodeColumn at = column_of(plan, item, min(8 * n + lane.g, columns - 1));
     queries[n] = row_address(call.q, s.first_row + at.query, at.q_head);
   }
-  math.load_query(call, lane, queries);
+  math.load_query(call, lane, last_part, queries);
 }
 
 template <class S, class Math>
@@ -58,8 +59,7 @@ __device__ inline void attend_exact_segment(const CudaAttendCall& call, const De
   const int end = min(kTileTokens / kExactTokens * last, parts);
   ask_page_behind<S>(call, plan, state, start, warp);
   Math math;
-  load_exact_query<S>(call, plan, state.item, start, math);
-  math.last_part = end - 1;
+  load_exact_query<S>(call, plan, state.item, start, end - 1, math);
   ExactSoftmax<S> softmax;
   ExactSums<S> sums;
   softmax.clear();

@@ -156,7 +156,7 @@ __device__ inline void attend_packed_segment(const CudaAttendCall& call, const D
   int end = min(last - group * kGroupTiles, kGroupTiles);
   RawQuery<S> raw;
   fetch.start(call, state, lane, warp);
-  if (S::kAhead && state.ahead != 0) {
+  if (S::kAhead && (state.slots & 1) != 0) {  // asked for by the item's exact tokens
     raw = query_ahead<S>(warp)[lane.index];
   } else {
     raw = load_raw_query<S>(call, plan, state.item, lane);

@@ -166,7 +166,6 @@ inline constexpr std::uint32_t kOnes = 0x3c003c00u;  // two fp16
 // tiles and a spilled one would wait for memory behind all the tiles under way.
 template <class S>
 struct WarpState : WarpSegment {
-  int ahead;                   // the segment's first keys and its query have been asked for
   int last_tile;               // of a packed segment, the one behind it
   int2 seen;                   // tokens that no column sees others of
   int2 plain;                  // tiles of whose tokens all columns see the same ones
