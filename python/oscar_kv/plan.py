@@ -25,7 +25,7 @@ _DECODE_QUERIES = _core.max_decode_queries()
 
 
 class SharedPlans:
-    """The plans of the present step, one for each kind of layer.
+    """The plans of the present step, one for each kind of layer (and device, of a split model).
 
     The first layer that ever asks leads: it makes a new plan at every call, so that a CUDA graph
     that captures a step captures its planning, too. The others take the leader's of the same step;
@@ -84,7 +84,7 @@ class StepPlans:
         if q.device.type != "cuda" or max_query_len > _DECODE_QUERIES:
             return None
         return self.shared.plan(
-            (shape, q.shape[1:], layout, sliding_window, strict),
+            (q.device, shape, q.shape[1:], layout, sliding_window, strict),
             (self.step, q.shape[0], query_start.shape[0], max_query_len),
             self.layer,
             lambda: ops.plan_attend(

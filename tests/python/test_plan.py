@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,19 @@ def test_each_kind_of_layer_has_its_own_plan():
     assert plans.plan("full", 1, first, make) == 1
     assert plans.plan("sliding", 1, second, make) == 2
     assert plans.plan("full", 1, second, make) == 1
+
+
+def test_each_device_of_a_split_model_has_its_own_plan(monkeypatch):
+    make = Maker()
+    monkeypatch.setattr(ops, "plan_attend", lambda *args, **kwargs: make())
+    plans, layers = SharedPlans(), [Layer() for _ in range(4)]
+    start = torch.tensor([0, 1], dtype=torch.int32)
+    found = []
+    for layer, index in zip(layers, (0, 1, 0, 1), strict=True):
+        q = SimpleNamespace(device=torch.device("cuda", index), shape=torch.Size((1, 4, 64)))
+        given = (None, "kind", q, start, ("k2v2", 32, 4), 0, False, 1)
+        found.append(StepPlans(plans, 1, layer).of(*given))
+    assert found == [1, 2, 1, 2]
 
 
 def test_where_the_leader_is_gone_the_next_one_leads():

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformers integration on a CUDA device, against the CPU."""
 
+import accelerate
 import oscar_kv
 import pytest
 import torch
@@ -57,6 +58,26 @@ def test_logits_are_those_of_the_cpu(models, pieces):
     assert cache.dequantizations == 0
     # A CPU's int8 path and the GPU's fp16 path differ in the last bits of the weights.
     assert (gpu - cpu).norm() <= 3e-2 * cpu.norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_model_on_two_gpus(models, first):
+    """Layers on either GPU, as ``device_map="auto"`` splits a model: the bits of one GPU."""
+    pieces, ids = [100, 1, 1, 5, 1, 40, 1], prompt(2, 149)
+    second = 1 - first
+    places = {"model.embed_tokens": first, "model.rotary_emb": first, "model.layers.0": first}
+    places |= {"model.layers.1": second, "model.layers.2": first, "model.norm": second}
+    model = LlamaForCausalLM(models[1].config).eval()
+    model.load_state_dict(models[1].state_dict())
+    model = accelerate.dispatch_model(model, {**places, "lm_head": second}, main_device=first)
+    expected, one = logits_by_pieces(models[1], ids, pieces)
+    found, two = logits_by_pieces(oscar_kv.enable(model), ids, pieces)
+    assert [layer.device.index for layer in two.layers] == [first, second, first]
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    for a, b in zip(one.layers, two.layers, strict=True):
+        for x, y in zip(a.paged.dequantize(), b.paged.dequantize(), strict=True):
+            assert torch.equal(x.cpu(), y.cpu())
 
 
 def test_feedback_is_measured_on_the_gpu_as_on_the_cpu(models):
