@@ -27,7 +27,8 @@ import oscar_kv
 import torch
 from engine_model import MODEL
 
-ON_CUDA = oscar_kv.cuda_available()
+# Neither question starts the driver: vLLM forks its workers where nobody has.
+ON_CUDA = oscar_kv.cuda_built() and torch.cuda.device_count() > 0
 # Rounding as it differs from run to run, relative: in float32, and in bfloat16 on CUDA devices.
 NOISE = 2**-9 if ON_CUDA else 1e-6
 # Little of a CUDA device: other engines may run beside.

@@ -169,7 +169,7 @@ def test_decoding_reads_what_a_prompt_reads(tokens):
     assert 0 < sum(off) < 0.5 * sum(cost)
 
 
-@pytest.mark.skipif(engine.ON_CUDA, reason="needs three devices")
+@pytest.mark.skipif(engine.ON_CUDA, reason="bfloat16: what ranks do to vLLM's own cache is unknown")
 def test_tensor_parallel(tokens, exact, alone):
     # Three ranks: the model has three KV heads. Each holds the packed cache of its own head.
     few = tokens[:2]
