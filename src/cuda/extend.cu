@@ -36,11 +36,11 @@ int blocks_per_multiprocessor(const Layout& layout) {
 
 // The tokens of a block are split where the blocks would leave multiprocessors idle: the fewest
 // splits that fill 85 % of the last wave, or the best if none does.
-Splits choose_splits(const Layout& layout, std::int32_t batch_size, std::int64_t query_tokens,
-                     std::int32_t q_heads, std::int32_t max_query_len) {
+Splits choose_splits(const Layout& layout, int rows, std::int32_t batch_size,
+                     std::int64_t query_tokens, std::int32_t q_heads, std::int32_t max_query_len) {
   Splits splits;
-  splits.blocks = row_blocks(batch_size, query_tokens, q_heads / layout.kv_heads, max_query_len,
-                             block_rows(layout));
+  splits.blocks =
+      row_blocks(batch_size, query_tokens, q_heads / layout.kv_heads, max_query_len, rows);
   const std::int64_t slots =
       static_cast<std::int64_t>(multiprocessors()) * blocks_per_multiprocessor(layout);
   const std::int64_t blocks = static_cast<std::int64_t>(splits.blocks) * layout.kv_heads;
@@ -90,16 +90,18 @@ std::size_t extend_workspace_bytes(const Layout& layout, std::int32_t batch_size
                                    std::int64_t query_tokens, std::int32_t q_heads,
                                    std::int32_t max_query_len) {
   if (batch_size <= 0 || layout.kv_heads <= 0 || q_heads < layout.kv_heads) return 0;
-  const Splits splits = choose_splits(layout, batch_size, query_tokens, q_heads, max_query_len);
+  const int rows = block_rows(layout);
+  const Splits splits =
+      choose_splits(layout, rows, batch_size, query_tokens, q_heads, max_query_len);
   if (splits.count == 1) return 0;
-  return static_cast<std::size_t>(splits.blocks) * splits.count * layout.kv_heads *
-         block_rows(layout) * (layout.head_dim + 2) * sizeof(float);
+  return static_cast<std::size_t>(splits.blocks) * splits.count * layout.kv_heads * rows *
+         (layout.head_dim + 2) * sizeof(float);
 }
 
 void launch_attend_extend(const CudaAttendCall& call, cudaStream_t stream) {
-  const Splits splits =
-      choose_splits(call.layout, call.batch.size, call.q.tokens, call.q.heads, call.max_query_len);
   const int rows = block_rows(call.layout);
+  const Splits splits = choose_splits(call.layout, rows, call.batch.size, call.q.tokens,
+                                      call.q.heads, call.max_query_len);
   if (launch_extend_sm90(call, splits, stream)) {
     // done
   } else if (call.layout.head_dim <= 64) {

@@ -142,7 +142,7 @@ __device__ inline void fill_exact(const CudaAttendCall& call, const RowBlock& bl
   const int chunks = call.layout.head_dim / 8;
   DType dtype;
 #pragma unroll 1
-  for (int i = thread; kFill != Fill::kValues && i < kUnitTokens * chunks; i += kThreads) {
+  for (int i = thread; fills_keys(kFill) && i < kUnitTokens * chunks; i += kThreads) {
     const int token = i / chunks;
     const int chunk = i % chunks;
     uint4 x = make_uint4(0, 0, 0, 0);
@@ -154,7 +154,7 @@ __device__ inline void fill_exact(const CudaAttendCall& call, const RowBlock& bl
                               swizzled(token, chunk % 8)) = x;
   }
 #pragma unroll 1
-  for (int i = thread; kFill != Fill::kKeys && i < 8 * chunks; i += kThreads) {
+  for (int i = thread; fills_values(kFill) && i < 8 * chunks; i += kThreads) {
     uint4 x[8] = {};
 #pragma unroll
     for (int t = 0; t < 8; ++t) {

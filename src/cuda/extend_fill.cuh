@@ -180,6 +180,8 @@ __device__ inline void unpack_value_row(const std::uint32_t (&w)[2], const __hal
 
 // Which operands of a unit to make: both, or one after the other in the same place.
 enum class Fill : std::uint8_t { kBoth, kKeys, kValues };
+constexpr bool fills_keys(Fill fill) { return fill != Fill::kValues; }
+constexpr bool fills_values(Fill fill) { return fill != Fill::kKeys; }
 
 // A packed unit of one format by kThreads threads. Half of the warps take each tile; a thread has
 // one chunk of eight channels of K, of kSteps position quads, and kColumns columns of V words.
@@ -192,7 +194,7 @@ __device__ inline void fill_format(int head_dim, const char* raw, int thread,
   constexpr int kChunks = kPaddedDim / 8;
   constexpr int kSteps = 8 * kChunks / kTileThreads;
   constexpr int kOctets = 4 * 32 / kTileThreads;  // of eight tokens, a warp
-  constexpr int kColumns = kFill == Fill::kKeys ? 0 : kOctets * kPaddedDim * kValueBits / 8 / 32;
+  constexpr int kColumns = kOctets * kPaddedDim * kValueBits / 8 / 32;
   const int t = thread / kTileThreads;
   const int lane = thread % 32;
   const char* bytes = raw + t * tile.tile_bytes();
@@ -200,7 +202,7 @@ __device__ inline void fill_format(int head_dim, const char* raw, int thread,
   const int chunk = index % 8 + index / 8 % (kChunks / 8) * 8;
   // Lines lie 512 bytes apart: neighbouring lines start at other quads, in other banks.
   const int g0 = kSteps * (index / kChunks) + 2 * (chunk / 2);
-  const bool has_keys = kFill != Fill::kValues && (kFull || 8 * chunk < head_dim);
+  const bool has_keys = fills_keys(kFill) && (kFull || 8 * chunk < head_dim);
   const int line = kKeyBits == 2 ? chunk / 2 : chunk;
   const TokenBytes token(tile, bytes, lane);
   const KeyUnits units = token.units();
@@ -216,9 +218,9 @@ __device__ inline void fill_format(int head_dim, const char* raw, int thread,
   const int stride = tile.v_group_channels();
   const int octet0 = thread / 32 % (kTileThreads / 32) * kOctets;
   const auto* codes = reinterpret_cast<const std::uint32_t*>(bytes + tile.v_codes_offset());
-  std::uint32_t columns[kColumns + 1][2] = {};
+  std::uint32_t columns[kColumns][2] = {};
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
+  for (int i = 0; i < kColumns && fills_values(kFill); ++i) {
     const int octet = octet0 + (lane + 32 * i) / stride;
     const int j = (lane + 32 * i) % stride;
     if (!kFull && octet >= octet0 + kOctets) continue;
@@ -242,7 +244,7 @@ __device__ inline void fill_format(int head_dim, const char* raw, int thread,
     unpack_key_quad<kKeyBits>(x, norm, p, t * kTileTokens + 4 * g, chunk % 8, panel);
   }
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
+  for (int i = 0; i < kColumns && fills_values(kFill); ++i) {
     const int octet = octet0 + (lane + 32 * i) / stride;
     const int j = (lane + 32 * i) % stride;
     if (!kFull && octet >= octet0 + kOctets) continue;
