@@ -31,7 +31,7 @@ GROWTH_TOKENS := --tokens 1024 --tokens 2048 $(BENCH_TOKENS) --tokens 8192 --tok
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: help demo test cpp-test test-arm64 python-test test-vllm test-sglang bench-cpu bench-vllm bench-cuda install format clean
+.PHONY: help demo test cpp-test test-arm64 python-test models test-models test-vllm test-sglang bench-cpu bench-vllm bench-cuda install format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -64,6 +64,12 @@ test-arm64: $(STAMPS)/build-tools ## C++ tests for arm64 under qemu; installs bo
 python-test: $(STAMPS)/test-package $(STAMPS)/model | cpp-test
 	mkdir -p build
 	$(BIN)/python -m pytest tests/python tests/sglang tests/vllm 2>&1 | tee build/pytest.log
+
+models: $(STAMPS)/package $(STAMPS)/model ## real checkpoints for test-models, in build/models: downloads 1.8 GB, needs 9 GB
+	$(BIN)/python scripts/fetch_models.py
+
+test-models: $(STAMPS)/test-package models ## KL of the packed kernels on four real models; 10 GiB, a quarter of an hour
+	$(BIN)/python -m pytest -s tests/models
 
 test-vllm: ## the vLLM plugin in a real engine on the CPU; own environment in build/, 6 GiB, half an hour
 	tests/vllm/install.sh $(VLLM_PYTHON) build

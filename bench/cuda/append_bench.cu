@@ -5,7 +5,8 @@
 // complete, and prompts beside a device copy, in one process. bf16 rows, 8 KV heads of 128,
 // balance.
 //
-//   append_bench     one JSON line a case: median us of a layer's call; of prompts also the bytes
+//   append_bench [center]     one JSON line a case, with a center or without: median us of a
+//   layer's call; of prompts also the bytes
 //                    read and written a second over those of a copy of K and V
 #include <cuda_fp16.h>
 
@@ -42,6 +43,7 @@ struct Case {
   int tokens;  // of each sequence in the call
   int layers;  // calls of one graph
   bool feedback;
+  bool center;
 };
 
 // One layer's cache and rows.
@@ -66,8 +68,10 @@ class Prepared {
         seq_len_(std::vector<std::int32_t>(static_cast<std::size_t>(given.batch), given.cached)),
         query_start_(counted(given.batch + 1, given.tokens)),
         balance_(kHeads * kHeadDim * sizeof(float)),
+        center_(kHeads * kHeadDim * sizeof(float)),
         feedback_(static_cast<std::size_t>(kHeads) * kHeadDim * kHeadDim * sizeof(__half)) {
     fill_balance<<<1, 256>>>(balance_.as<float>(), kHeads * kHeadDim);
+    check(cudaMemset(center_.as<void>(), 0, center_.size()));
     fill_feedback<<<64, 256>>>(feedback_.as<__half>(), kHeads * kHeadDim * kHeadDim);
     for (int i = 0; i < given.layers; ++i) {
       layers_.push_back(std::make_unique<Layer>(given, layout_, max_pages_));
@@ -87,6 +91,7 @@ class Prepared {
                              .slot = slot_.as<std::int32_t>(),
                              .seq_len = seq_len_.as<std::int32_t>()};
       cache.balance = balance_.as<float>();
+      if (case_.center) cache.center = center_.as<float>();
       if (case_.feedback) cache.feedback = feedback_.as<std::uint16_t>();
       const auto rows = [&](int side) {
         return oscar::ConstRows{layer->rows.as<std::uint16_t>() + side * tokens * kHeads * kHeadDim,
@@ -120,7 +125,7 @@ class Prepared {
   Case case_;
   oscar::Layout layout_{.kv_heads = kHeads, .head_dim = kHeadDim};
   int max_pages_;
-  Buffer block_table_, slot_, seq_len_, query_start_, balance_, feedback_;
+  Buffer block_table_, slot_, seq_len_, query_start_, balance_, center_, feedback_;
   std::vector<std::unique_ptr<Layer>> layers_;
 };
 
@@ -146,28 +151,31 @@ void measure(const Case& given, const Buffer& flush, const char* gpu) {
   }
   std::printf(
       "{\"kernel\": \"append k2v2\", \"shape\": \"%d/%d\", \"batch\": %d, \"cached\": %d, "
-      "\"tokens\": %d, \"layers\": %d, \"feedback\": %s, \"completes_tile\": %s, "
+      "\"tokens\": %d, \"layers\": %d, \"feedback\": %s, \"center\": %s, "
+      "\"completes_tile\": %s, "
       "\"us\": %.2f%s, \"gpu\": \"%s\"}\n",
       kHeads, kHeadDim, given.batch, given.cached, given.tokens, given.layers,
-      given.feedback ? "true" : "false", completes ? "true" : "false", us, rate.c_str(), gpu);
+      given.feedback ? "true" : "false", given.center ? "true" : "false",
+      completes ? "true" : "false", us, rate.c_str(), gpu);
   std::fflush(stdout);
 }
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  const bool center = argc > 1 && std::string(argv[1]) == "center";
   cudaDeviceProp device{};
   check(cudaGetDeviceProperties(&device, 0));
   const Buffer flush(4 * static_cast<std::size_t>(device.l2CacheSize));
   for (const bool feedback : {false, true}) {
     for (const int batch : {1, 8, 64}) {
       for (const int cached : {280, 287})
-        measure({batch, cached, 1, 32, feedback}, flush, device.name);
+        measure({batch, cached, 1, 32, feedback, center}, flush, device.name);
     }
     for (const int tokens : {512, 2048, 8192}) {
-      measure({1, 0, tokens, 1, feedback}, flush, device.name);
+      measure({1, 0, tokens, 1, feedback, center}, flush, device.name);
     }
-    measure({8, 0, 32768, 1, feedback}, flush, device.name);
+    measure({8, 0, 32768, 1, feedback, center}, flush, device.name);
   }
   return 0;
 }

@@ -4,7 +4,8 @@
 // Time of one decode step of attention on packed caches of random contents, beside kernels that
 // only read or copy the same bytes, in one process.
 //
-//   attend_bench [shape ...]      shape: batch x tokens [x head_dim [x group [x queries]]]
+//   attend_bench [shape ...]      shape: batch x tokens [x head_dim [x group [x queries [x bits
+//                                 [x center]]]]], bits 22, 42 or 44, center 0 or 1
 //
 // Every call is a replay of a captured graph and finds neither its data nor its own code in a
 // cache, as between the other kernels of a model: a kernel of long code runs and a buffer four
@@ -78,6 +79,7 @@ struct Shape {
   int group = 4;
   int queries = 1;
   oscar::Format format = oscar::kK2V2;
+  bool center = false;
 };
 
 struct Case {
@@ -97,6 +99,7 @@ struct Case {
         slot(permutation(given.batch)),
         seq_len(std::vector<std::int32_t>(static_cast<std::size_t>(given.batch), given.tokens)),
         query_start(starts()),
+        center(static_cast<std::size_t>(layout.kv_heads * given.head_dim) * sizeof(float)),
         workspace(oscar::cuda::attend_workspace_bytes(layout, given.batch, query_tokens, q_heads(),
                                                       given.queries)),
         plan_memory(oscar::cuda::attend_plan_bytes()) {
@@ -105,6 +108,7 @@ struct Case {
     fill_rows<<<1056, 512>>>(exact.as<__nv_bfloat16>(),
                              static_cast<std::int64_t>(exact.size() / 2));
     fill_rows<<<1056, 512>>>(rows.as<__nv_bfloat16>(), static_cast<std::int64_t>(rows.size() / 2));
+    check(cudaMemset(center.as<void>(), 0, center.size()));
     make_plan(nullptr);
     check(cudaDeviceSynchronize());
   }
@@ -131,7 +135,8 @@ struct Case {
             .exact = exact.as<void>(),
             .slots = shape.batch,
             .slot = slot.as<std::int32_t>(),
-            .seq_len = seq_len.as<std::int32_t>()};
+            .seq_len = seq_len.as<std::int32_t>(),
+            .center = shape.center ? center.as<float>() : nullptr};
   }
   [[nodiscard]] oscar::Batch batch() const { return {shape.batch, query_start.as<std::int32_t>()}; }
 
@@ -173,7 +178,8 @@ struct Case {
   std::int32_t max_pages;
   std::int64_t num_pages;
   std::int64_t query_tokens;
-  Buffer pages, exact, rows, out, block_table, slot, seq_len, query_start, workspace, plan_memory;
+  Buffer pages, exact, rows, out, block_table, slot, seq_len, query_start, center, workspace,
+      plan_memory;
   oscar::cuda::AttendPlan plan;
 };
 
@@ -203,25 +209,28 @@ void measure(const Shape& shape, const Buffer& flush) {
   const double planned = median_us(flush, [&](cudaStream_t stream) { data.make_plan(stream); });
   const double warm = median_us(flush, attend, false);
   std::printf(
-      "%3d x %6d  D %3d  group %2d  queries %d  %s  %8.1f us  %8.1f MB  %6.0f GB/s  read %8.1f us  "
-      "(%4.1f %% of the bound)  copy %8.1f us  warm L2 %8.1f us  "
-      "plan %5.1f us\n",
+      "%3d x %6d  D %3d  group %2d  queries %d  %s%s  %8.1f us  %8.1f MB  %6.0f GB/s  "
+      "read %8.1f us  (%4.1f %% of the bound)  copy %8.1f us  warm L2 %8.1f us  plan %5.1f us\n",
       shape.batch, shape.tokens, shape.head_dim, shape.group, shape.queries,
-      oscar::name_of(shape.format), time, static_cast<double>(bytes) * 1e-6,
-      static_cast<double>(bytes) / time * 1e-3, read, 100.0 * read / time, copied, warm, planned);
+      oscar::name_of(shape.format), shape.center ? "  center" : "", time,
+      static_cast<double>(bytes) * 1e-6, static_cast<double>(bytes) / time * 1e-3, read,
+      100.0 * read / time, copied, warm, planned);
   std::fflush(stdout);
 }
 
 Shape parse(const char* text) {
   Shape shape;
   int bits = 22;
-  const int count = std::sscanf(text, "%dx%dx%dx%dx%dx%d", &shape.batch, &shape.tokens,
-                                &shape.head_dim, &shape.group, &shape.queries, &bits);
+  int center = 0;
+  const int count = std::sscanf(text, "%dx%dx%dx%dx%dx%dx%d", &shape.batch, &shape.tokens,
+                                &shape.head_dim, &shape.group, &shape.queries, &bits, &center);
   if (count < 2) {
-    std::fprintf(stderr, "shape %s: batch x tokens [x head_dim [x group [x queries [x bits]]]]\n",
-                 text);
+    std::fprintf(
+        stderr, "shape %s: batch x tokens [x head_dim [x group [x queries [x bits [x center]]]]]\n",
+        text);
     std::exit(2);
   }
+  shape.center = center != 0;
   shape.format = {bits / 10, bits % 10};
   return shape;
 }

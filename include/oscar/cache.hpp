@@ -65,6 +65,11 @@ struct CacheView {
       nullptr;  // [batch] or null (= 0): no ring copy of earlier tokens
   const float* balance =
       nullptr;  // [kv_heads, head_dim] or null (= 1), 1/64 to 64: K / balance, Q * balance
+  // [kv_heads, head_dim] or null (= 0): the constant part of a head's keys in the rotated basis,
+  // rotate(K / balance). Tiles hold what is left of a key without it, and attend adds query .
+  // center, in the rotated basis, to the scores of packed tokens. At most kMaxInput in magnitude;
+  // 16-byte aligned on a CUDA device.
+  const float* center = nullptr;
   // [kv_heads, head_dim, head_dim] fp16, finite, or null (= 0). Only append reads it: the rounding
   // error e of rotated K channel c is carried on, z[c'] - e feedback[c][c'] for every c' > c
   // (docs/format.md, feedback). 16-byte aligned on a CUDA device.

@@ -7,7 +7,7 @@
 //   offset                 section                        bytes (head_dim 128, k2v2)
 //   k_codes_offset()       K codes                        1024
 //   v_codes_offset()       V codes                        1024
-//   k_params_offset()      K scale and mid, a channel      128   i_s | (i_m + 7) << 4
+//   k_params_offset()      K scale and mid, a channel      128   (i_m + 31) | i_s << 6
 //   v_scales_offset()      V scale, a position              32   u8, 2^(u/8 - 16); 0: scale 0
 //   v_mids_offset()        V mid, a position                32   i8, in units of scale / 64
 //   k_norms_offset()       K norm, a position               32   u | unit bit << 7,
@@ -16,9 +16,12 @@
 //   tile_bytes()           rounded up with zeros          2304   to tile_alignment(): 64
 //
 // K units: the top bits of the 32 norm bytes are one word of 32 bits, bit p that of position p:
-// bf16(max scale) | bf16(max |mid|) << 16, with U_s = max / 15, U_m = max / 7. A vector unit reads
+// bf16(max scale) | bf16(max |mid|) << 16, with U_s = max / 6, U_m = max / 31. A vector unit reads
 // it with one mask of byte signs, a warp with one ballot. Norms are relative to the tile's largest,
 // which is at least 1/2: its power of two is in the units, so seven bits are enough.
+//
+// K scale: i_s = 0..3 stands for 2, 3, 4 or 6 U_s (key_scale_steps): half octaves, nearly, and as
+// one bit of exponent and one of mantissa they are a float with one shift and one mask.
 //
 // Position: token t of a tile (0..31) stands at position 4 (t % 8) + t / 8. Arrays "a position"
 // and the 32-bit words of a K line are in position order, so a CPU vector of scores, the p bytes
@@ -35,7 +38,8 @@
 // V codes, 4 bits: word [Q][j = 0..D/2-1]; nibble i is channel i D/2 + j.
 //
 // Dequantised values (N = 2^bits - 1), in the rotated basis:
-//   k = norm (U_m i_m + U_s i_s (code - N / 2)),   v = scale (mid / 64 + code - N / 2).
+//   k = norm (U_m i_m + U_s key_scale_steps(i_s) (code - N / 2)) + center,
+//   v = scale (mid / 64 + code - N / 2).
 #pragma once
 
 #include <cstddef>
@@ -43,6 +47,8 @@
 
 namespace oscar {
 
+// Of the bytes of a tile. Version 1 (up to oscar-kv 0.1) had four bits of mid and four of scale.
+inline constexpr int kFormatVersion = 2;
 inline constexpr int kTileTokens = 32;
 inline constexpr int kMinHeadDim = 32;
 inline constexpr int kMaxHeadDim = 256;
@@ -51,8 +57,10 @@ inline constexpr int kNormBias = 16;  // K norm, 7 bits -> 2^(u/8 - 16)
 inline constexpr int kMaxNormIndex = 127;
 inline constexpr int kTokenNormBias = 20;  // before a tile's power of two is taken out, 8 bits
 inline constexpr int kVScaleBias = 16;     // V scale u8 -> 2^(u/8 - 16)
-inline constexpr int kMaxScaleIndex = 15;
-inline constexpr int kMaxMidIndex = 7;
+inline constexpr int kMaxScaleIndex = 3;
+inline constexpr int kMaxScaleSteps = 6;
+inline constexpr int kMaxMidIndex = 31;
+inline constexpr int kScaleShift = 6;  // of the scale index in a K parameter byte
 inline constexpr int kMaxVMid = 127;
 inline constexpr float kVMidUnit = 1.0f / 64.0f;
 inline constexpr float kMaxBalance = 64.0f;   // and its inverse
@@ -92,6 +100,17 @@ constexpr float k_range_share(int bits, bool feedback) {
   return bits == 2 ? (feedback ? 0.94f : 0.88f) : 1.0f;
 }
 constexpr float v_range_share(int bits) { return bits == 2 ? 0.82f : 1.0f; }
+
+// What a K channel's scale index stands for, in units U_s: 2, 3, 4, 6.
+constexpr int key_scale_steps(int index) { return (2 + (index & 1)) << (index >> 1); }
+// The scale index is the number of these bounds, of index 0 to 2, times U_s, that the wanted scale
+// exceeds: halfway between two steps for 2-bit codes, a quarter for 4-bit ones. Rounded down, a
+// scale clips the ends of a channel, which 4-bit codes would resolve.
+constexpr float key_scale_bound(int bits, int index) {
+  const auto low = static_cast<float>(key_scale_steps(index));
+  const auto high = static_cast<float>(key_scale_steps(index + 1));
+  return low + (bits == 2 ? 0.5f : 0.25f) * (high - low);
+}
 
 // What a tile stores of a token's norm index (8 bits, 2^(index/8 - kTokenNormBias); 0: norm 0), by
 // the largest index of the tile; all norms of the tile are below 2^norm_octave. A key 15 octaves

@@ -107,6 +107,41 @@ Rows rows(const char* name, const AnyArray& array, Device device, std::int64_t h
           array.stride(1)};
 }
 
+// What the sequences of a batch, and the heads of the layer, have besides pages and exact rows.
+void take_sequences(const CacheArrays& arrays, CacheArguments& arguments) {
+  const Layout& layout = arguments.layout;
+  const Device device = arguments.device;
+  CacheView& view = arguments.view;
+  arguments.batch = batch_of(arrays);
+  view.slot =
+      layout.exact_blocks == 1
+          ? contiguous<const std::int32_t>("slot", arrays.slot, device, {-1})
+          : contiguous<const std::int32_t>("slot", arrays.slot, device, {-1, layout.exact_blocks});
+  view.seq_len =
+      contiguous<const std::int32_t>("seq_len", arrays.seq_len, device, {arguments.batch});
+  view.block_table = contiguous<const std::int32_t>("block_table", arrays.block_table, device,
+                                                    {arguments.batch, -1});
+  view.max_pages = static_cast<std::int64_t>(arrays.block_table.shape(1));
+  if (arrays.exact_from) {
+    view.exact_from =
+        contiguous<const std::int32_t>("exact_from", *arrays.exact_from, device, {arguments.batch});
+  }
+  if (arrays.balance) {
+    view.balance = contiguous<const float>("balance", *arrays.balance, device,
+                                           {layout.kv_heads, layout.head_dim});
+  }
+  if (arrays.center) {
+    view.center = contiguous<const float>("center", *arrays.center, device,
+                                          {layout.kv_heads, layout.head_dim});
+  }
+  if (arrays.feedback) {
+    const nb::dlpack::dtype half{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+    require("feedback", *arrays.feedback, device, half,
+            {layout.kv_heads, layout.head_dim, layout.head_dim});
+    view.feedback = static_cast<const std::uint16_t*>(arrays.feedback->data());
+  }
+}
+
 }  // namespace
 
 void require_device(const char* name, Device found, Device device) {
@@ -229,29 +264,7 @@ CacheArguments cache_arguments(const CacheArrays& arrays, const std::string& for
                                 .c_str());
     }
   }
-  result.batch = batch_of(arrays);
-  view.slot =
-      layout.exact_blocks == 1
-          ? contiguous<const std::int32_t>("slot", arrays.slot, device, {-1})
-          : contiguous<const std::int32_t>("slot", arrays.slot, device, {-1, layout.exact_blocks});
-  view.seq_len = contiguous<const std::int32_t>("seq_len", arrays.seq_len, device, {result.batch});
-  view.block_table =
-      contiguous<const std::int32_t>("block_table", arrays.block_table, device, {result.batch, -1});
-  view.max_pages = static_cast<std::int64_t>(arrays.block_table.shape(1));
-  if (arrays.exact_from) {
-    view.exact_from =
-        contiguous<const std::int32_t>("exact_from", *arrays.exact_from, device, {result.batch});
-  }
-  if (arrays.balance) {
-    view.balance = contiguous<const float>("balance", *arrays.balance, device,
-                                           {layout.kv_heads, layout.head_dim});
-  }
-  if (arrays.feedback) {
-    const nb::dlpack::dtype half{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-    require("feedback", *arrays.feedback, device, half,
-            {layout.kv_heads, layout.head_dim, layout.head_dim});
-    view.feedback = static_cast<const std::uint16_t*>(arrays.feedback->data());
-  }
+  take_sequences(arrays, result);
   return result;
 }
 

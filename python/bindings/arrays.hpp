@@ -80,6 +80,7 @@ struct CacheArrays {
   OptionalArray exact_from;  // i32 [batch]
   OptionalArray balance;     // f32 [kv_heads, head_dim]
   OptionalArray feedback;    // f16 [kv_heads, head_dim, head_dim]
+  OptionalArray center;      // f32 [kv_heads, head_dim]
 };
 
 // Sequences, as `slot` says.

@@ -153,14 +153,14 @@ NB_MODULE(_core, m) {
       .def(
           "__init__",
           [](CacheArrays* self, Array pages, Array exact, Array block_table, Array slot,
-             Array seq_len, OptionalArray exact_from, OptionalArray balance,
-             OptionalArray feedback) {
-            new (self) CacheArrays{std::move(pages),   std::move(exact),   std::move(block_table),
-                                   std::move(slot),    std::move(seq_len), std::move(exact_from),
-                                   std::move(balance), std::move(feedback)};
+             Array seq_len, OptionalArray exact_from, OptionalArray balance, OptionalArray feedback,
+             OptionalArray center) {
+            new (self) CacheArrays{std::move(pages),   std::move(exact),    std::move(block_table),
+                                   std::move(slot),    std::move(seq_len),  std::move(exact_from),
+                                   std::move(balance), std::move(feedback), std::move(center)};
           },
           "pages"_a, "exact"_a, "block_table"_a, "slot"_a, "seq_len"_a, "exact_from"_a.none(),
-          "balance"_a.none(), "feedback"_a.none() = nb::none())
+          "balance"_a.none(), "feedback"_a.none() = nb::none(), "center"_a.none() = nb::none())
       .def("attend_workspace_bytes", &workspace_bytes, "query_tokens"_a, "q_heads"_a,
            "max_query_len"_a = 0);
 
@@ -252,6 +252,7 @@ NB_MODULE(_core, m) {
   m.def("max_threads", &omp_get_max_threads);
   m.def("read_bytes", &read_bytes, "array"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("version", &version);
+  m.attr("format_version") = kFormatVersion;
 }
 
 }  // namespace oscar::python

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The oscar-kv authors
 # SPDX-License-Identifier: Apache-2.0
-"""oscar-kv: an LLM's KV cache in about 2.25 bits an element, attended to as packed.
+"""oscar-kv: an LLM's KV cache in about 2.25 bits per element, attended to as packed.
 
 ``enable(model)`` makes a transformers model generate with it; ``OscarCache`` is the cache itself;
 ``PagedCache`` and the ops ``oscar_kv::append`` and ``oscar_kv::attend`` are for engines.

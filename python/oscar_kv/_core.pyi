@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from torch import Tensor
 
+format_version: int
+
 class AttendPlan: ...
 
 class CacheArrays:
@@ -15,6 +17,7 @@ class CacheArrays:
         exact_from: Tensor | None,
         balance: Tensor | None,
         feedback: Tensor | None = None,
+        center: Tensor | None = None,
     ) -> None: ...
     def attend_workspace_bytes(
         self, query_tokens: int, q_heads: int, max_query_len: int = 0

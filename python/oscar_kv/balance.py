@@ -1,12 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The oscar-kv authors
 # SPDX-License-Identifier: Apache-2.0
-"""The balance of Q and K: measured once per model, kept in a small safetensors file.
-
-K is divided and Q multiplied by ``balance[h, c] = sqrt(sk / sq)`` before both are rotated, so no
-score changes, while the rotation no longer spreads a large but unimportant K channel over all
-others. ``sk`` is the standard deviation of K within its 32-token groups, ``sq`` the root mean
-square of Q over the query heads of the KV head; both are averaged over the RoPE pair (c, c + D/2).
-"""
+"""The calibration of a model (calibration.py), kept in a safetensors file."""
 
 from __future__ import annotations
 
@@ -19,17 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .calibration import GROUP_TOKENS, Calibration, check_values
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-GROUP_TOKENS = 32  # tokens of a tile: K's range is measured within such groups
-# Tokens of a sequence, spread evenly over it, that the balance is measured on. All 8000 tokens of
-# the demo model instead change the factors by 0.6 % on average, 3 % at most.
-SAMPLE_TOKENS = 2048
 FORMAT_NAME = "oscar-kv-balance"
-FORMAT_VERSION = "1"
-_LIMIT = 64.0  # a factor outside [1/64, 64] is a dead channel, not a scale worth following
-_FLOOR = 1e-8  # of a head's mean square: what counts as zero
+FORMAT_VERSION = "2"  # 2: centers; measured for tiles of format 2
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -70,8 +60,10 @@ def _identity(config: PreTrainedConfig) -> dict[str, str | int]:
 
 @dataclass
 class Balance:
-    """Balance factors of a model: ``factors[layer]`` is float32 [kv_heads, head_dim], positive;
-    ``feedback[layer]``, where measured, is float16 [kv_heads, head_dim, head_dim] (feedback.py).
+    """The calibration of a model's layers: ``factors[layer]``, the balance, float32 [kv_heads,
+    head_dim], 1/64 to 64; ``feedback[layer]``, where measured, float16 [kv_heads, head_dim,
+    head_dim] (feedback.py); ``centers[layer]``, where a head has one, float32 [kv_heads, head_dim],
+    0 for heads without.
 
     kv_heads and head_dim are those of the first full-attention layer. Layers that are missing
     (sliding-window or linear layers) are not packed and need none.
@@ -83,6 +75,7 @@ class Balance:
     head_dim: int
     factors: dict[int, Tensor] = field(default_factory=dict)
     feedback: dict[int, Tensor] = field(default_factory=dict)
+    centers: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def for_config(
@@ -90,10 +83,21 @@ class Balance:
         config: PreTrainedConfig,
         factors: dict[int, Tensor],
         feedback: dict[int, Tensor] | None = None,
+        centers: dict[int, Tensor] | None = None,
     ) -> Balance:
         """A balance that belongs to models of this configuration."""
         identity: dict[str, Any] = _identity(config)
-        return cls(**identity, factors=dict(factors), feedback=dict(feedback or {}))
+        parts = {"feedback": dict(feedback or {}), "centers": dict(centers or {})}
+        return cls(**identity, factors=dict(factors), **parts)
+
+    def of_layer(self, layer: int) -> Calibration:
+        """What is known of a layer."""
+        parts = (self.factors.get(layer), self.centers.get(layer), self.feedback.get(layer))
+        return Calibration(*parts)
+
+    def centered_heads(self) -> int:
+        """KV heads whose keys are mostly a constant, of all layers."""
+        return sum(int(center.any(-1).sum()) for center in self.centers.values())
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raises ValueError naming what differs if this was not measured on such a model."""
@@ -105,8 +109,8 @@ class Balance:
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file: tensors ``layer.N`` and ``feedback.N``, the model in its
-        metadata."""
+        """Writes a safetensors file: tensors ``layer.N``, ``center.N`` and ``feedback.N``, and in
+        its metadata which model they belong to."""
         from safetensors.torch import save_file
 
         metadata = {
@@ -121,6 +125,8 @@ class Balance:
         }
         for layer, value in self.feedback.items():
             tensors[f"feedback.{layer}"] = value.to("cpu", torch.float16).contiguous()
+        for layer, value in self.centers.items():
+            tensors[f"center.{layer}"] = value.to("cpu", torch.float32).contiguous()
         save_file(tensors, os.fspath(path), metadata=metadata)
 
     @classmethod
@@ -128,7 +134,7 @@ class Balance:
         """Reads what `save` wrote.
 
         Raises FileNotFoundError, or ValueError for a file that is corrupt, truncated, of another
-        kind or version, or holds factors that are not positive and finite.
+        kind or version, or holds values that append would not take.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -150,125 +156,51 @@ class Balance:
         if metadata.get("version") != FORMAT_VERSION:
             raise ValueError(
                 f"{name}: balance format version is {metadata.get('version')!r}, "
-                f"this release reads {FORMAT_VERSION!r}"
+                f"this release reads {FORMAT_VERSION!r}: measure it again with `oscar calibrate`"
             )
         try:
             model_type = metadata["model_type"]
             num_layers, kv_heads, head_dim = (int(x) for x in json.loads(metadata["shape"]))
-            feedback = {
-                int(key.removeprefix("feedback.")): tensors.pop(key)
-                for key in list(tensors)
-                if key.startswith("feedback.")
-            }
+            feedback, centers = _taken(tensors, "feedback."), _taken(tensors, "center.")
             factors = {int(key.removeprefix("layer.")): value for key, value in tensors.items()}
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{name}: damaged balance metadata: {error!r}") from error
+        square = (kv_heads, head_dim)
         for layer, value in factors.items():
-            _check_factors(f"{name}: layer {layer}", value)
-            if tuple(value.shape) != (kv_heads, head_dim):
-                raise ValueError(
-                    f"{name}: layer {layer} has shape {list(value.shape)}, not [kv_heads, head_dim]"
-                    f" = [{kv_heads}, {head_dim}]"
-                )
+            _check(name, "layer", layer, value, square)
             if not 0 <= layer < num_layers:
                 raise ValueError(f"{name}: layer {layer} is not in 0..{num_layers - 1}")
-        for layer, value in feedback.items():
-            _check_feedback(f"{name}: feedback {layer}", value, kv_heads, head_dim)
-            if layer not in factors:
-                raise ValueError(f"{name}: feedback {layer} belongs to no layer of the file")
-        return cls(model_type, num_layers, kv_heads, head_dim, factors, feedback)
+        for kind, found in (("center", centers), ("feedback", feedback)):
+            for layer, value in found.items():
+                shape = square if kind == "center" else (*square, head_dim)
+                _check(name, kind, layer, value, shape)
+                if layer not in factors:
+                    raise ValueError(f"{name}: {kind} {layer} belongs to no layer of the file")
+        return cls(model_type, num_layers, kv_heads, head_dim, factors, feedback, centers)
 
 
-def _check_factors(where: str, value: Tensor) -> None:
-    if value.dtype != torch.float32 or value.dim() != 2:
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[int, Tensor]:
+    """The tensors ``prefixN`` by N, removed from `tensors`."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {int(name.removeprefix(prefix)): tensors.pop(name) for name in names}
+
+
+_DTYPES = {"layer": torch.float32, "center": torch.float32, "feedback": torch.float16}
+
+
+def _check(name: str, kind: str, layer: int, value: Tensor, shape: tuple[int, ...]) -> None:
+    where = f"{name}: {kind} {layer}"
+    if value.dtype != _DTYPES[kind] or tuple(value.shape) != shape:
         raise ValueError(
-            f"{where}: expected float32 [kv_heads, head_dim], found {value.dtype} "
+            f"{where}: expected {_DTYPES[kind]} {list(shape)}, found {value.dtype} "
             f"{list(value.shape)}"
         )
-    if not bool((torch.isfinite(value) & (value > 0)).all()):
-        raise ValueError(f"{where}: factors must be positive and finite")
-
-
-def _check_feedback(where: str, value: Tensor, kv_heads: int, head_dim: int) -> None:
-    wanted = [kv_heads, head_dim, head_dim]
-    if value.dtype != torch.float16 or list(value.shape) != wanted:
-        raise ValueError(
-            f"{where}: expected float16 {wanted}, found {value.dtype} {list(value.shape)}"
-        )
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{where}: weights must be finite")
-
-
-class QueryStatistics:
-    """Running second moment of Q per query head."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None  # float32 [q_heads, head_dim, head_dim]
-        self.count = 0
-
-    def observe(self, q: Tensor) -> None:
-        """Adds q [tokens, q_heads, head_dim] (any strides), SAMPLE_TOKENS of them at most."""
-        if q.shape[0] == 0:
-            return
-        q = q[:: -(-q.shape[0] // SAMPLE_TOKENS)]
-        heads = q.detach().float().transpose(0, 1)
-        moment = heads.transpose(1, 2) @ heads
-        self.total = moment if self.total is None else self.total + moment
-        self.count += q.shape[0]
-
-    def moment(self, kv_heads: int) -> Tensor | None:
-        """E[q q^T] over tokens and the query heads of a KV head, float32 [kv_heads, head_dim,
-        head_dim]; None if nothing was observed."""
-        if self.total is None:
-            return None
-        return (self.total / self.count).unflatten(0, (kv_heads, -1)).mean(1)
-
-    def mean_square(self, kv_heads: int) -> Tensor | None:
-        """Diagonal of `moment`: float32 [kv_heads, head_dim], or None."""
-        moment = self.moment(kv_heads)
-        return None if moment is None else moment.diagonal(dim1=1, dim2=2)
-
-
-def key_variance(sequences: list[Tensor]) -> Tensor | None:
-    """Mean variance of K within groups of 32 tokens, float32 [kv_heads, head_dim].
-
-    sequences: [tokens, kv_heads, head_dim] each; incomplete groups are left out, and of long
-    sequences all but SAMPLE_TOKENS. None if no sequence has a complete group.
-    """
-    total: Tensor | None = None
-    groups = 0
-    for keys in sequences:
-        count = keys.shape[0] // GROUP_TOKENS
-        if count == 0:
-            continue
-        grouped = keys.detach()[: count * GROUP_TOKENS].unflatten(0, (count, GROUP_TOKENS))
-        grouped = grouped[:: -(-count * GROUP_TOKENS // SAMPLE_TOKENS)]
-        part = grouped.float().var(dim=1, correction=0).sum(0)
-        total = part if total is None else total + part
-        groups += grouped.shape[0]
-    return None if total is None else total / groups
-
-
-def balance_factors(key_var: Tensor, query_ms: Tensor) -> Tensor:
-    """sqrt(sk / sq) from K's variance and Q's mean square, all float32 [kv_heads, head_dim].
-
-    A channel (or head) without K or without Q gets 1 or the nearest limit of [1/64, 64].
-    """
-
-    def prepared(x: Tensor) -> Tensor:
-        pair = x.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2)
-        mean = pair.mean(-1, keepdim=True)
-        pair = torch.maximum(pair, mean * _FLOOR)
-        return torch.where((mean > 0) & torch.isfinite(mean), pair, torch.ones_like(pair))
-
-    alive = (key_var.sum(-1, keepdim=True) > 0) & (query_ms.sum(-1, keepdim=True) > 0)
-    factors = (prepared(key_var) / prepared(query_ms)).pow(0.25).clamp(1 / _LIMIT, _LIMIT)
-    return torch.where(alive & torch.isfinite(factors), factors, torch.ones_like(factors))
+    check_values("balance" if kind == "layer" else kind, where, value)
 
 
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, input_ids: Tensor, **forward_kwargs: Any) -> Balance:
-    """Measures the balance of `model` on one batch of text.
+    """Measures balance, center and feedback of `model` on one batch of text (calibration.py).
 
     input_ids: int64 [batch, tokens], at least 32 tokens (a few hundred are plenty).
     forward_kwargs: further arguments of the forward pass, such as attention_mask or pixel_values.
@@ -291,6 +223,6 @@ def calibrate(model: PreTrainedModel, input_ids: Tensor, **forward_kwargs: Any) 
     if not cache.balances:
         raise ValueError(
             f"nothing was measured: no sequence of input_ids has {GROUP_TOKENS} tokens that are "
-            "not padding"
+            "not padding, or they repeat few tokens only"
         )
-    return Balance.for_config(model.config, cache.balances, cache.shared.feedbacks)
+    return cache.calibrated()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import _core, ops
+from .calibration import Calibration, calibration_part
 from .device import FaultWord, usable_device
-from .feedback import checked_feedback
 from .plan import SharedPlans, StepPlans
 from .pool import PagePool
 
@@ -26,8 +26,9 @@ class PagedCache:
     """Pages, block table, ring and sinks of one layer; a step is ``attend``, then ``append``.
 
     ``batch`` sequences of ``kv_heads`` KV heads and ``head_dim`` channels; ``dtype`` is that of the
-    exact copies (the model's). ``balance`` float32 ``[kv_heads, head_dim]``: K is divided, Q
-    multiplied by it. Raises ValueError, TypeError or NotImplementedError for what it cannot hold.
+    exact copies (the model's). ``calibration``: what packing follows; ``balance`` alone stands for
+    a calibration that has nothing else. Raises ValueError, TypeError or NotImplementedError for
+    what it cannot hold.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class PagedCache:
         sinks: int = 4,
         page_tokens: int = 128,
         balance: Tensor | None = None,
+        calibration: Calibration | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if batch < 1 or kv_heads < 1:
@@ -63,10 +65,10 @@ class PagedCache:
         self.page_tokens = page_tokens
         self.ring_tokens = _core.ring_tokens(window)
         self._pool_shape = (kv_heads, page_tokens // TILE_TOKENS, tile_bytes)
-        self._balance: Tensor | None = None
-        self._feedback: Tensor | None = None
+        self._calibration = Calibration()
+        self._fixed = self._calibration.arrays()
         self._clear(batch)
-        self.balance = balance
+        self.calibration = calibration or Calibration(balance=balance)
 
     def _clear(self, batch: int) -> None:
         rows = self.ring_tokens + self.sinks
@@ -94,35 +96,25 @@ class PagedCache:
         return {**self.__dict__, "_handed_over": None}
 
     @property
-    def balance(self) -> Tensor | None:
-        return self._balance
+    def calibration(self) -> Calibration:
+        """What packing follows; balance and center are fixed once tokens are packed with them."""
+        return self._calibration
 
-    @balance.setter
-    def balance(self, value: Tensor | None) -> None:
-        if self.packed_tokens > 0:
-            raise ValueError(
-                f"balance cannot change once tokens are packed with it ({self.packed_tokens} are)"
-            )
-        if value is not None:
-            wanted = (self.kv_heads, self.head_dim)
-            if tuple(value.shape) != wanted:
-                raise ValueError(f"balance has shape {list(value.shape)}, must be {list(wanted)}")
-            value = value.detach().to(device=self.device, dtype=torch.float32).contiguous()
-            if not bool(((value >= 1 / 64) & (value <= 64)).all()):
-                raise ValueError("balance has values outside 1/64 to 64")
-        self._balance = value
+    @calibration.setter
+    def calibration(self, value: Calibration) -> None:
+        value = value.checked(self.kv_heads, self.head_dim, self.device)
+        for name in value.differs(self._calibration) if self.packed_tokens > 0 else ():
+            if name != "feedback":
+                raise ValueError(
+                    f"{name} cannot change once tokens are packed with it "
+                    f"({self.packed_tokens} are)"
+                )
+        self._calibration, self._fixed = value, value.arrays()
         self._handed_over = None
 
-    @property
-    def feedback(self) -> Tensor | None:
-        """Weights by which append carries rounding errors on (feedback.py)."""
-        return self._feedback
-
-    @feedback.setter
-    def feedback(self, value: Tensor | None) -> None:
-        shape = (self.kv_heads, self.head_dim)
-        self._feedback = None if value is None else checked_feedback(value, *shape, self.device)
-        self._handed_over = None
+    balance = calibration_part("balance")
+    center = calibration_part("center")
+    feedback = calibration_part("feedback")
 
     @property
     def packed_tokens(self) -> int:
@@ -264,23 +256,24 @@ class PagedCache:
         self._publish_pages()
 
     def reset(self) -> None:
-        """Forgets all tokens and frees all pages; the balance stays."""
+        """Forgets all tokens and frees all pages; the calibration stays."""
         self._clear(self.batch)
 
     def memory(self) -> dict[str, int]:
         """Resident bytes: the storages that this object holds, unused pages included."""
         tables = [self.block_table, self.slot, self.seq_len, self.exact_from]
-        tables += [x for x in (self._balance, self._feedback) if x is not None]
+        tables += [x for x in (self.center, *self._fixed) if x is not None]
         return {
             "packed": self.pool.nbytes,
             "exact": self.exact.untyped_storage().nbytes(),
             "tables": sum(table.untyped_storage().nbytes() for table in tables),
         }
 
-    def exact_keys(self, row: int) -> Tensor:
-        """Keys of sequence `row` in the ring, oldest first, ``[tokens, kv_heads, head_dim]``."""
+    def exact_rows(self, row: int, side: int) -> Tensor:
+        """K (side 0) or V (1) of sequence `row` in the ring, oldest first, ``[tokens, kv_heads,
+        head_dim]``."""
         positions = torch.arange(self._oldest_exact(row), self.lengths[row], device=self.device)
-        return self.exact[row, 0, :, positions % self.ring_tokens].transpose(0, 1)
+        return self.exact[row, side, :, positions % self.ring_tokens].transpose(0, 1)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """K and V ``[batch, kv_heads, max(lengths), head_dim]`` as the next query reads them.
@@ -307,8 +300,7 @@ class PagedCache:
             self.slot,
             self.seq_len,
             self.exact_from,
-            self._balance,
-            self._feedback,
+            *self._fixed,
         )
 
     def _arrays(self) -> _core.CacheArrays:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rotate import channel_signs, hadamard
+from .rotate import rotation
 
 DAMPING = 0.1  # of M's mean diagonal, added to it: what the prompt's queries do not show
 
@@ -26,25 +26,17 @@ def feedback_factors(query_moment: Tensor, balance: Tensor) -> Tensor:
     balance: float32 [kv_heads, head_dim]. A head whose queries are all zero gets no feedback.
     """
     head_dim = query_moment.shape[-1]
-    factor = balance * channel_signs(head_dim).to(balance)
-    moment = query_moment * factor[:, :, None] * factor[:, None, :]
-    moment = hadamard(hadamard(moment.double()).transpose(1, 2))
+    turn = balance[:, :, None].double() * rotation(head_dim).to(balance.device)
+    moment = turn.transpose(1, 2) @ query_moment.double() @ turn
     scale = moment.diagonal(dim1=1, dim2=2).mean(1)
     alive = (scale > 0) & torch.isfinite(scale)
     eye = torch.eye(head_dim, dtype=moment.dtype, device=moment.device)
     moment = moment / torch.where(alive, scale, 1.0)[:, None, None] + DAMPING * eye
     moment = torch.where(alive[:, None, None], moment, eye)
-    upper = torch.linalg.cholesky(torch.linalg.inv(moment), upper=True)
-    weights = upper / upper.diagonal(dim1=1, dim2=2)[:, :, None]
+    # The upper Cholesky factor U of the inverse, without it: moment = W W^T with W upper triangular
+    # (Cholesky from the last channel on), and U = W^-1.
+    last_first = moment.flip(1, 2)
+    upper = torch.linalg.cholesky(last_first).flip(1, 2)
+    inverse = torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True)
+    weights = inverse / inverse.diagonal(dim1=1, dim2=2)[:, :, None]
     return weights.triu(1).half()
-
-
-def checked_feedback(value: Tensor, kv_heads: int, head_dim: int, device: torch.device) -> Tensor:
-    """`value` as append takes it on `device`; ValueError for a shape or a value."""
-    wanted = (kv_heads, head_dim, head_dim)
-    if tuple(value.shape) != wanted:
-        raise ValueError(f"feedback has shape {list(value.shape)}, must be {list(wanted)}")
-    value = value.detach().to(device=device, dtype=torch.float16).contiguous()
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError("feedback has values that are not finite")
-    return value

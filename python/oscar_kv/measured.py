@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The oscar-kv authors
 # SPDX-License-Identifier: Apache-2.0
-"""Balance factors and error feedback of one layer in a serving engine: from a balance file."""
+"""The calibration of one layer in a serving engine: from a balance file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .balance import Balance
+from .calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,17 @@ class Rank:
         return slice(first, first + self.kv_heads)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What is fixed for one layer before its first tile is packed.
+def layer_calibration(path: str, config: Any, layer: int, rank: Rank, device: str) -> Calibration:
+    """Of this rank's KV heads, from a file of `oscar calibrate`.
 
-    balance float32 [kv_heads, head_dim], feedback float16 [kv_heads, head_dim, head_dim], of this
-    rank's KV heads, or None.
+    ValueError for a file of another model.
     """
-
-    balance: Tensor | None = None
-    feedback: Tensor | None = None
-
-    @classmethod
-    def of_file(cls, path: str, config: Any, layer: int, rank: Rank, device: str) -> Measured:
-        """From a file of `oscar calibrate`; ValueError for one of another model."""
-        whole = _load(path)
-        whole.check(config)
-        heads = rank.heads(whole.kv_heads)
-        balance, feedback = whole.factors.get(layer), whole.feedback.get(layer)
-        on = torch.device(device)
-        return cls(
-            None if balance is None else balance[heads].float().contiguous().to(on),
-            None if feedback is None else feedback[heads].contiguous().to(on),
-        )
+    whole = _load(path)
+    whole.check(config)
+    heads, found = rank.heads(whole.kv_heads), whole.of_layer(layer)
+    parts = (found.balance, found.center, found.feedback)
+    own = Calibration(*(None if part is None else part[heads] for part in parts))
+    return own.checked(rank.kv_heads, whole.head_dim, torch.device(device))
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ Shapes (one layer; ``include/oscar/cache.hpp`` has the meaning of each):
 * ``slot``, ``seq_len``, ``exact_from`` (or None) int32 ``[batch]``
 * ``balance`` float32 ``[kv_heads, head_dim]`` or None
 * ``feedback`` float16 ``[kv_heads, head_dim, head_dim]`` or None (feedback.py)
+* ``center`` float32 ``[kv_heads, head_dim]`` or None, in the rotated basis (rotate.py)
 * ``k``, ``v``, ``k_new``, ``v_new`` ``[tokens, kv_heads, head_dim]`` and ``q``
   ``[tokens, q_heads, head_dim]``: float32, float16 or bfloat16, head_dim contiguous
 * ``query_start`` int32 ``[batch + 1]``: tokens ``query_start[b] .. query_start[b + 1] - 1`` belong
@@ -48,13 +49,14 @@ _LIBRARY = torch.library.Library("oscar_kv", "DEF")
 _LIBRARY.define(
     "append(Tensor(a!) pages, Tensor(b!) exact, Tensor block_table, Tensor slot, Tensor seq_len,"
     " Tensor? exact_from, Tensor? balance, Tensor k, Tensor v, Tensor query_start, str format,"
-    " int window, int sinks, str part, Tensor? feedback=None) -> ()"
+    " int window, int sinks, str part, Tensor? feedback=None, Tensor? center=None) -> ()"
 )
 _LIBRARY.define(
     "attend(Tensor q, Tensor k_new, Tensor v_new, Tensor pages, Tensor exact, Tensor block_table,"
     " Tensor slot, Tensor seq_len, Tensor? exact_from, Tensor? balance, Tensor query_start,"
     " str format, int window, int sinks, float scale, float softcap, int sliding_window,"
-    " Tensor? sink_logits, bool strict, int max_query_len=0) -> (Tensor out, Tensor lse)"
+    " Tensor? sink_logits, bool strict, int max_query_len=0, Tensor? center=None)"
+    " -> (Tensor out, Tensor lse)"
 )
 
 
@@ -74,7 +76,7 @@ def _append_cpu(
     k: Tensor,
     v: Tensor,
     query_start: Tensor,
-    *options: Any,  # format, window, sinks, part, feedback
+    *options: Any,  # format, window, sinks, part, feedback, center
 ) -> None:
     cache = (pages, exact, block_table, slot, seq_len, exact_from, balance)
     arrays = _core.CacheArrays(*cache, *options[_APPEND_OPTIONS:])
@@ -94,10 +96,12 @@ def _attend_cpu(
     exact_from: Tensor | None,
     balance: Tensor | None,
     query_start: Tensor,
-    # format, window, sinks, scale, softcap, sliding_window, sink_logits, strict, max_query_len
+    # format, window, sinks, scale, softcap, sliding_window, sink_logits, strict, max_query_len,
+    # center
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    arrays = _core.CacheArrays(pages, exact, block_table, slot, seq_len, exact_from, balance)
+    cache = (pages, exact, block_table, slot, seq_len, exact_from, balance)
+    arrays = _core.CacheArrays(*cache, None, *options[_ATTEND_OPTIONS + 1 :])
     return attend_over(arrays, q, k_new, v_new, query_start, *options[:_ATTEND_OPTIONS])
 
 
@@ -125,7 +129,7 @@ def _attend_cuda(q: Tensor, k_new: Tensor, v_new: Tensor, *arguments: Any) -> tu
     options = arguments[8:]
     bound = options[_ATTEND_OPTIONS] if len(options) > _ATTEND_OPTIONS else 0
     with current_device(q.device):
-        arrays = _core.CacheArrays(*cache)
+        arrays = _core.CacheArrays(*cache, None, *options[_ATTEND_OPTIONS + 1 :])
         rows = (q, k_new, v_new, query_start)
         return attend_over(arrays, *rows, *options[:_ATTEND_OPTIONS], max_query_len=bound)
 

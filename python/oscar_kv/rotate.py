@@ -37,3 +37,16 @@ def channel_signs(head_dim: int) -> Tensor:
         h ^= h >> 16
         signs.append(-1.0 if h & 1 else 1.0)
     return torch.tensor(signs)
+
+
+@functools.cache
+def rotation(head_dim: int) -> Tensor:
+    """Signs and transform as a matrix: a row vector times this is rotated. float64 [head_dim,
+    head_dim]."""
+    return (hadamard(torch.eye(head_dim)) * channel_signs(head_dim)[:, None]).double()
+
+
+def rotated_center(center: Tensor, balance: Tensor | None) -> Tensor:
+    """`CacheView::center` of a center in the model's basis, both float32 [kv_heads, head_dim]."""
+    factor = channel_signs(center.shape[-1]).to(center)
+    return hadamard(center * (factor if balance is None else factor / balance)).contiguous()

@@ -16,6 +16,7 @@ Status check(const AppendCall& call) {
   OSCAR_TRY(check_rows("v", call.v, call.k.tokens, layout.kv_heads));
   OSCAR_TRY(check_batch(layout, call.cache, call.batch, call.k.tokens));
   OSCAR_TRY(check_balance(layout, call.cache));
+  OSCAR_TRY(check_center(layout, call.cache));
   for (int b = 0; b < call.batch.size; ++b) {
     const std::int64_t cached = call.cache.seq_len[b];
     const std::int64_t added = call.batch.query_start[b + 1] - call.batch.query_start[b];

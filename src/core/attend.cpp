@@ -20,6 +20,7 @@ Status check(const AttendCall& call) {
   OSCAR_TRY(check_attend_options(call.options));
   OSCAR_TRY(check_batch(call.layout, call.cache, call.batch, call.q.tokens));
   OSCAR_TRY(check_balance(call.layout, call.cache));
+  OSCAR_TRY(check_center(call.layout, call.cache));
   for (int b = 0; b < call.batch.size; ++b) {
     const std::int64_t added = call.batch.query_start[b + 1] - call.batch.query_start[b];
     const std::int64_t tokens = call.cache.seq_len[b] + (call.options.strict ? added : 0);

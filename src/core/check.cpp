@@ -170,6 +170,18 @@ Status check_balance(const Layout& layout, const CacheView& cache) {
   return {};
 }
 
+Status check_center(const Layout& layout, const CacheView& cache) {
+  if (cache.center == nullptr) return {};
+  for (int i = 0; i < layout.kv_heads * layout.head_dim; ++i) {
+    const float value = cache.center[i];
+    if (std::fabs(value) <= kMaxInput) continue;  // false for NaN
+    return invalid("center[head " + std::to_string(i / layout.head_dim) + ", channel " +
+                   std::to_string(i % layout.head_dim) + "] is " + std::to_string(value) +
+                   ", must be finite and at most 65504 in magnitude");
+  }
+  return {};
+}
+
 Status check_query_heads(std::int32_t q_heads, std::int32_t kv_heads) {
   constexpr int kMaxGqa = 16;
   if (q_heads < kv_heads || q_heads % kv_heads != 0 || q_heads / kv_heads > kMaxGqa) {

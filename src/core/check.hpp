@@ -38,6 +38,9 @@ Status check_finite(const char* name, const ConstRows& rows, int head_dim);
 // All elements of balance are finite and positive.
 Status check_balance(const Layout& layout, const CacheView& cache);
 
+// All elements of center are finite and at most kMaxInput in magnitude.
+Status check_center(const Layout& layout, const CacheView& cache);
+
 // 1 to 16 query heads for each KV head.
 Status check_query_heads(std::int32_t q_heads, std::int32_t kv_heads);
 

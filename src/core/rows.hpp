@@ -60,6 +60,12 @@ inline void store_row(const float* source, DType dtype, int count, std::byte* ta
 
 enum class Side : std::uint8_t { kKey = 0, kValue = 1 };
 
+// Of values [kv_heads, head_dim], or null, those of one head.
+inline const float* head_values(const float* values, const Layout& layout, int kv_head) {
+  return values == nullptr ? nullptr
+                           : values + static_cast<std::ptrdiff_t>(kv_head) * layout.head_dim;
+}
+
 // Row `row` (ring_row or sink_row) of sequence `b` in the exact memory.
 inline std::byte* exact_row(const Layout& layout, const CacheView& cache, int b, Side side,
                             int kv_head, std::int64_t row) {

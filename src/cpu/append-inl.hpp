@@ -78,18 +78,32 @@ inline void key_factors(const float* balance, int head_dim, float* factors) {
   }
 }
 
+inline void subtract_center(const float* center, int head_dim, float* columns) {
+  for (int c = 0; c < head_dim; ++c) {
+    float* y = columns + c * kTileTokens;
+    for (int t = 0; t < kTileTokens; t += kLanes) store(y + t, load(y + t) - splat(center[c]));
+  }
+}
+
+// What a KV head has besides its rows; null where the cache has none.
+struct HeadConstants {
+  const float* center;            // [head_dim]
+  const std::uint16_t* feedback;  // [head_dim, head_dim]
+};
+
 template <int kBits>
-inline void encode_keys(const TileLayout& layout, const std::uint16_t* feedback, float* columns,
+inline void encode_keys(const TileLayout& layout, const HeadConstants& head, float* columns,
                         std::uint8_t* tile) {
   KeyParams params;
   std::uint8_t norms[kTileTokens];
   hadamard_columns(columns, layout.head_dim);
+  if (head.center != nullptr) subtract_center(head.center, layout.head_dim, columns);
   scale_columns(columns, layout.head_dim, norms);
-  quantize_keys<kBits>(columns, layout.head_dim, feedback != nullptr, params);
-  if (feedback == nullptr) {
+  quantize_keys<kBits>(columns, layout.head_dim, head.feedback != nullptr, params);
+  if (head.feedback == nullptr) {
     pack_keys<kBits>(columns, layout.head_dim, params, tile + layout.k_codes_offset());
   } else {
-    pack_fed_keys<kBits>(feedback, layout.head_dim, params, columns,
+    pack_fed_keys<kBits>(head.feedback, layout.head_dim, params, columns,
                          tile + layout.k_codes_offset());
   }
   std::memcpy(tile + layout.k_params_offset(), params.bytes,
@@ -128,22 +142,19 @@ inline void encode_values(const TileLayout& layout, float* rows, std::uint8_t* t
 inline void pack_tile(const AppendCall& call, const AppendSpan& span, int kv_head,
                       std::int64_t index, float* rows, float* columns) {
   const TileLayout layout = call.layout.tile();
-  const float* balance = call.cache.balance;
-  std::uint8_t* tile = tile_at(call.layout, call.cache, span.b, kv_head, index);
+  const CacheView& cache = call.cache;
+  std::uint8_t* tile = tile_at(call.layout, cache, span.b, kv_head, index);
   alignas(64) float factors[kMaxHeadDim];
-  key_factors(balance == nullptr ? nullptr : balance + kv_head * layout.head_dim, layout.head_dim,
-              factors);
+  key_factors(head_values(cache.balance, kv_head, layout.head_dim), layout.head_dim, factors);
   load_tile_rows(call, span, Side::kKey, kv_head, index, rows);
   read_ahead(call, span, call.k, kv_head, index);
   transpose_rows(rows, layout.head_dim, factors, columns);
-  const std::uint16_t* feedback = call.cache.feedback;
-  if (feedback != nullptr) {
-    feedback += static_cast<std::int64_t>(kv_head) * layout.head_dim * layout.head_dim;
-  }
+  const HeadConstants head{head_values(cache.center, kv_head, layout.head_dim),
+                           head_values(cache.feedback, kv_head, layout.head_dim * layout.head_dim)};
   if (layout.format.k_bits == 2) {
-    encode_keys<2>(layout, feedback, columns, tile);
+    encode_keys<2>(layout, head, columns, tile);
   } else {
-    encode_keys<4>(layout, feedback, columns, tile);
+    encode_keys<4>(layout, head, columns, tile);
   }
   load_tile_rows(call, span, Side::kValue, kv_head, index, rows);
   read_ahead(call, span, call.v, kv_head, index);

@@ -71,13 +71,19 @@ inline BlockRange range_of(const AttendCall& call, int b, const RowBlock& block)
   return range;
 }
 
+inline float dot(const float* a, const float* b, int count) {
+  Vf sum = splat(0.0f);
+  for (int c = 0; c < count; c += kLanes) sum = multiply_add(load(a + c), load(b + c), sum);
+  return reduce_add(sum);
+}
+
 inline void load_queries(const AttendCall& call, const AttendItem& item, RowBlock& block) {
   const AttendOptions& options = call.options;
   const int head_dim = call.layout.head_dim;
   const float scale =
       options.softcap > 0.0f ? options.scale / options.softcap : options.scale * kLog2E;
-  const float* balance =
-      call.cache.balance == nullptr ? nullptr : call.cache.balance + item.kv_head * head_dim;
+  const float* balance = head_values(call.cache.balance, item.kv_head, head_dim);
+  const float* center = head_values(call.cache.center, item.kv_head, head_dim);
   for (int r = 0; r < block.rows; ++r) {
     const RowPlace place =
         place_of(call, item.b, item.kv_head, std::int64_t{item.block} * kRowBlock + r);
@@ -91,6 +97,7 @@ inline void load_queries(const AttendCall& call, const AttendItem& item, RowBloc
       store(block.q_rotated[r] + c, load(block.q[r] + c) * factor);
     }
     hadamard_row(block.q_rotated[r], head_dim);
+    block.center[r] = center == nullptr ? 0.0f : dot(block.q_rotated[r], center, head_dim);
   }
 }
 
@@ -133,7 +140,7 @@ inline void attend_tiles(const AttendCall& call, const AttendItem& item, std::in
     }
     packed_scores(tiles, block, query);
     for (int r = 0; r < block.rows; ++r) {
-      cap_scores(block, block.scores[r], tiles.count * kTileTokens);
+      cap_scores(block, block.center[r], block.scores[r], tiles.count * kTileTokens);
       hide_packed(block.views[r], call.layout.sinks, tile, tiles.count, block.scores[r]);
     }
     add_packed_values(tiles, block, query);
@@ -192,6 +199,7 @@ inline void attend_item(const AttendCall& call, const AttendPlan& plan, const At
     prepare_packed(layout, block, query);
     attend_tiles(call, item, range.first_tile + first,
                  range.first_tile + smaller(end, range.tiles()), block, query);
+    add_center(block);
     merge_rotated(layout, block);
   }
   if (end > range.tiles()) {

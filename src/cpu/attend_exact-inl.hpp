@@ -124,7 +124,7 @@ inline void attend_exact(const ExactBlock& exact, std::int64_t sinks, RowBlock& 
     float_scores<kRows>(block.keys, block.head_dim, block.q[r], block.scores[r]);
   });
   for (int r = 0; r < block.rows; ++r) {
-    cap_scores(block, block.scores[r], kTileTokens);
+    cap_scores(block, 0.0f, block.scores[r], kTileTokens);
     hide_exact(exact, block.views[r], sinks, block.scores[r]);
   }
   softmax_rows(block, kTileTokens);

@@ -22,6 +22,13 @@ inline constexpr int kFusedRows = 4;
 inline void prepare_packed(const TileLayout& /*layout*/, RowBlock& /*block*/,
                            PackedQuery& /*query*/) {}
 
+// key_scale_steps of parameter bytes: 2.0 with the upper bit of the index added to its exponent and
+// the lower one as the first of its mantissa.
+inline Vf key_steps(Vi params) {
+  constexpr std::int32_t kTwo = 0x40000000;
+  return as_float(add_int(splat_int(kTwo), shift_left(shift_right(params, kScaleShift), 22)));
+}
+
 template <int kBits>
 inline void fold_scales(const TileLayout& layout, const std::uint8_t* tile, const RowBlock& block,
                         PackedQuery& query) {
@@ -31,10 +38,10 @@ inline void fold_scales(const TileLayout& layout, const std::uint8_t* tile, cons
   alignas(64) float lowest[kMaxHeadDim];  // value of code 0
   for (int c = 0; c < layout.head_dim; c += kLanes) {
     const Vi params = load_u8(tile + layout.k_params_offset() + c);
-    const Vf i_s = to_float(params & splat_int(15));
-    const Vf i_m = to_float(shift_right(params, 4)) - splat(static_cast<float>(kMaxMidIndex));
-    store(scales + c, i_s * splat(units.scale));
-    store(lowest + c, i_m * splat(units.mid) - i_s * middle);
+    const Vf steps = key_steps(params);
+    const Vf i_m = to_float(subtract_int(params & splat_int(kMidMask), splat_int(kMaxMidIndex)));
+    store(scales + c, steps * splat(units.scale));
+    store(lowest + c, i_m * splat(units.mid) - steps * middle);
   }
   for (int r = 0; r < block.rows; ++r) {
     Vf constant = splat(0.0f);

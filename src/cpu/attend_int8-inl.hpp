@@ -6,14 +6,17 @@
 // the same integers.
 //
 // K, 2 bits: a query row is rounded once to int8, q_c = query_scale i_c with |i_c| <= 127. Codes go
-// through a table of 16 bytes (four channels x four codes) that holds code i_s, at most 45:
-//   score = norm query_scale (U_s sum i_c (code i_s) - U_s N / 2 sum i_c i_s + U_m sum i_c i_m).
-// K, 4 bits: the query's index has 11 bits and sign, and the scale index of a tile folds into it
-// exactly: f_c = i_c i_s (at most 32625) = 256 hi + lo, two int8 operands for the codes themselves,
-// U_s (256 hi . code + lo . code) in place of the first term. Rounding q to int8 changes a channel
-// by about 0.8 %: little beside the error of 2-bit keys (18 %), not beside that of 4-bit keys. V:
-// weight times token scale, rounded to 8 bits once a step of 128 tokens; the terms that do not
-// depend on the channel use the same rounded weights, so their error does not grow with mid.
+// through a table of 16 bytes (four channels x four codes) that holds code s_c, at most 18, with
+// s_c = key_scale_steps(i_s):
+//   score = norm query_scale (U_s sum i_c (code s_c) - U_s N / 2 sum i_c s_c) + norm mids.
+// K, 4 bits: the query's index has 12 bits and sign, and the scale of a tile's channel folds into
+// it exactly: f_c = i_c s_c (at most 32634) = 256 hi + lo, two int8 operands for the codes
+// themselves, U_s (256 hi . code + lo . code) in place of the first term. Rounding q to int8
+// changes a channel by about 0.8 %: little beside the error of 2-bit keys (18 %), not beside that
+// of 4-bit keys. The mids' share, U_m q . i_m, has an index of q of its own, of 15 bits and sign:
+// mids can be many times what the codes span, and it is a small part of the work. V: weight times
+// token scale, rounded to 8 bits once a step of 128 tokens; the terms that do not depend on the
+// channel use the same rounded weights, so their error does not grow with mid.
 //
 // With each line it reads, a kernel prefetches the same line of the next step: the few KB that a
 // page holds of one KV head are too short a run for the hardware to get ahead. Bursts of prefetches
@@ -26,18 +29,25 @@ namespace oscar::cpu {
 namespace {
 
 inline constexpr float kMaxWeightIndex = 255.0f;
-constexpr float max_query_index(int k_bits) { return k_bits == 2 ? 127.0f : 2175.0f; }
+constexpr float max_query_index(int k_bits) { return k_bits == 2 ? 127.0f : 5439.0f; }
+inline constexpr float kMaxMidQueryIndex = 32767.0f;
+// Where f_c is cut into hi and lo, hi stays an int8, and 256 channels of mids in 32 bits.
+static_assert(5439 * kMaxScaleSteps + 128 <= 32767);
+static_assert(std::int64_t{32767} * 32 * kMaxHeadDim < std::int64_t{1} << 31);
+
+// 16-bit indices of a query row, in blocks of kBytes channels in the order of widen_low and
+// widen_high.
+using WideIndices = std::int16_t[kMaxHeadDim];
 
 struct PackedQuery {
-  // i_c: by channel (2 bits); in blocks of kBytes channels, in the order of widen_low and
-  // widen_high (4 bits). Zeros behind.
+  // i_c: by channel (2 bits), or wide (4 bits). Zeros behind.
   alignas(64) std::int8_t bytes[kRowBlock][kMaxHeadDim];
-  alignas(64) std::int16_t indices[kRowBlock][kMaxHeadDim];
+  alignas(64) WideIndices indices[kRowBlock];
+  alignas(64) WideIndices mid_indices[kRowBlock];  // for the mids: i_c in finer steps
   alignas(16) float scales[kRowBlock];
-  alignas(16) float index_sums[kRowBlock];  // sum i_c
   // Of a step's tiles: the tables of channels 4 d .. 4 d + 3 (2 bits).
   alignas(64) std::uint8_t tables[kStepTiles][kMaxHeadDim / 4][16];
-  // query_scale U_s; query_scale (U_m sum i_c i_m - U_s N / 2 sum i_c i_s)
+  // query_scale U_s; U_m q . i_m - query_scale U_s N / 2 sum i_c s_c
   alignas(16) float factors[kStepTiles][kRowBlock];
   alignas(16) float constants[kStepTiles][kRowBlock];
   // Of one tile: f_c = 256 high + low (4 bits).
@@ -66,27 +76,28 @@ void dot_folded(const TileLayout& layout, TilePair pair, const PackedQuery& quer
 template <int kBits, int kRows>
 void dot_values(const PackedTiles& tiles, const PackedQuery& query, int row, float* out);
 
-inline void store_query_index(int k_bits, const std::int16_t (&indices)[kMaxHeadDim], int r,
-                              PackedQuery& query) {
+// rint(q inverse) by channel, zeros behind.
+inline void round_query(const float* q, int head_dim, float inverse, std::int16_t* indices) {
+  for (int c = 0; c < head_dim; c += kLanes) {
+    store_i16(indices + c, to_int(load(q + c) * splat(inverse)));
+  }
+  for (int c = head_dim; c < kMaxHeadDim; ++c) indices[c] = 0;
+}
+
+inline void store_wide(const std::int16_t* indices, WideIndices& wide) {
   for (int c = 0; c < kMaxHeadDim; c += kBytes) {
-    if (k_bits == 2) {
-      for (int i = 0; i < kBytes; ++i) {
-        query.bytes[r][c + i] = static_cast<std::int8_t>(indices[c + i]);
-      }
-      continue;
-    }
     for (int i = 0; i < kBytes; i += 16) {
-      std::int16_t* target = query.indices[r] + c + i / 2;
-      std::memcpy(target, indices + c + i, 16);
-      std::memcpy(target + kBytes / 2, indices + c + i + 8, 16);
+      std::memcpy(wide + c + i / 2, indices + c + i, 16);
+      std::memcpy(wide + c + i / 2 + kBytes / 2, indices + c + i + 8, 16);
     }
   }
 }
 
 inline void prepare_packed(const TileLayout& layout, RowBlock& block, PackedQuery& query) {
+  const bool wide = layout.format.k_bits == 4;
   const float max_index = max_query_index(layout.format.k_bits);
   for (int r = 0; r < block.rows; ++r) {
-    float* q = block.q_rotated[r];
+    const float* q = block.q_rotated[r];
     Vf highest = splat(0.0f);
     Vf nan = splat(0.0f);  // integers have no NaN: it goes into the scale
     for (int c = 0; c < layout.head_dim; c += kLanes) {
@@ -95,29 +106,63 @@ inline void prepare_packed(const TileLayout& layout, RowBlock& block, PackedQuer
     }
     const float most = reduce_max(highest);
     query.scales[r] = most / max_index + reduce_add(nan);
-    const Vf inverse = splat(most > 0.0f ? max_index / most : 0.0f);
-    alignas(64) std::int16_t indices[kMaxHeadDim] = {};
-    Vf sum = splat(0.0f);
-    for (int c = 0; c < layout.head_dim; c += kLanes) {
-      const Vi index = to_int(load(q + c) * inverse);
-      store_i16(indices + c, index);
-      sum = sum + to_float(index);
+    std::int16_t indices[kMaxHeadDim];
+    round_query(q, layout.head_dim, most > 0.0f ? kMaxMidQueryIndex / most : 0.0f, indices);
+    store_wide(indices, query.mid_indices[r]);
+    round_query(q, layout.head_dim, most > 0.0f ? max_index / most : 0.0f, indices);
+    if (wide) {
+      store_wide(indices, query.indices[r]);
+      continue;
     }
-    query.index_sums[r] = reduce_add(sum);
-    store_query_index(layout.format.k_bits, indices, r, query);
+    for (int c = 0; c < kMaxHeadDim; ++c) {
+      query.bytes[r][c] = static_cast<std::int8_t>(indices[c]);
+    }
   }
-  for (int r = block.rows; r % 4 != 0; ++r) query.scales[r] = query.index_sums[r] = 0.0f;
+  for (int r = block.rows; r % 4 != 0; ++r) query.scales[r] = 0.0f;
 }
 
-// From sum i_c i_s and sum i_c i_m (i_m with its offset of 7), as lanes to be added; `middle` is N
-// / 2.
-template <int kRows>
-inline void store_constants(const TileLayout& layout, const TilePair& pair, float middle,
+// s_c and i_m of kBytes channels.
+struct KeyBytes {
+  Vi steps;    // bytes
+  Vi mids[2];  // 16 bits, by widen_low and widen_high
+};
+
+struct StepTable {
+  alignas(16) std::uint8_t at[16];
+};
+inline constexpr StepTable kSteps = [] {
+  StepTable table{};
+  for (int i = 0; i <= kMaxScaleIndex; ++i) {
+    table.at[i] = static_cast<std::uint8_t>(key_scale_steps(i));
+  }
+  return table;
+}();
+
+inline KeyBytes key_bytes(const std::uint8_t* params) {
+  const Vi bytes = load_int(params);
+  const Vi index = and_int(shift_right_u16<kScaleShift>(bytes), splat_i8(kMaxScaleIndex));
+  const Vi mids = and_int(bytes, splat_i8(kMidMask));
+  const Vi offset = splat_i16(-kMaxMidIndex);
+  return {shuffle_bytes(splat_16_bytes(kSteps.at), index),
+          {add_i16(widen_low(mids), offset), add_i16(widen_high(mids), offset)}};
+}
+
+// sum + q . i_m, for the index of q that the mids have.
+inline Vi dot_mids(Vi sum, const std::int16_t* indices, const KeyBytes& keys) {
+  sum = dot_i16(sum, load_int(indices), keys.mids[0]);
+  return dot_i16(sum, load_int(indices + kBytes / 2), keys.mids[1]);
+}
+
+// From sum i_c s_c and q . i_m in steps of the mids' index, as lanes to be added.
+template <int kBits, int kRows>
+inline void store_constants(const TileLayout& layout, const TilePair& pair,
                             const Vi (&scale_sums)[kRows], const Vi (&mid_sums)[kRows], int row,
                             PackedQuery& query) {
+  constexpr float kMiddle = 0.5f * static_cast<float>(max_code(kBits));
+  constexpr float kMidStep = max_query_index(kBits) / kMaxMidQueryIndex;  // of query_scale
   const KeyUnits units = key_units(layout, pair.tile);
-  const Vf scale_factor = splat(-middle * units.scale);
-  const Vf mid_factor = splat(units.mid);
+  const Vf scale_factor = splat(-kMiddle * units.scale);
+  const Vf mid_factor = splat(kMidStep * units.mid);
   Vf sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -125,10 +170,8 @@ inline void store_constants(const TileLayout& layout, const TilePair& pair, floa
         multiply_add(to_float(scale_sums[r]), scale_factor, to_float(mid_sums[r]) * mid_factor);
   }
   const V4 query_scales = load4(query.scales + row);
-  const V4 offset =
-      load4(query.index_sums + row) * splat4(static_cast<float>(kMaxMidIndex) * units.mid);
   store4(query.factors[pair.index] + row, query_scales * splat4(units.scale));
-  store4(query.constants[pair.index] + row, query_scales * (reduce_add_each(sums) - offset));
+  store4(query.constants[pair.index] + row, query_scales * reduce_add_each(sums));
 }
 
 // v = 256 high + low with low in -128..127, as bytes; the order of widen_low and widen_high.
@@ -145,18 +188,14 @@ template <int kRows>
 inline void fold_scales(const TileLayout& layout, const TilePair& pair, int row,
                         PackedQuery& query) {
   const std::uint8_t* params = pair.tile + layout.k_params_offset();
-  const Vi nibble = splat_i8(15);
   Vi scale_sums[kRows];
   Vi mid_sums[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) scale_sums[r] = mid_sums[r] = splat_int(0);
   for (int c = 0; c < layout.head_dim; c += kBytes) {
     // Past head_dim: bytes of the next section, times query indices of 0.
-    const Vi bytes = load_int(params + c);
-    const Vi scales = and_int(bytes, nibble);
-    const Vi mids = and_int(shift_right_u16<4>(bytes), nibble);
-    const Vi scale[2] = {widen_low(scales), widen_high(scales)};
-    const Vi mid[2] = {widen_low(mids), widen_high(mids)};
+    const KeyBytes keys = key_bytes(params + c);
+    const Vi scale[2] = {widen_low(keys.steps), widen_high(keys.steps)};
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const std::int16_t* indices = query.indices[row + r] + c;
@@ -164,11 +203,10 @@ inline void fold_scales(const TileLayout& layout, const TilePair& pair, int row,
       store_halves(multiply_i16(index[0], scale[0]), multiply_i16(index[1], scale[1]),
                    query.high[row + r] + c, query.low[row + r] + c);
       scale_sums[r] = dot_i16(dot_i16(scale_sums[r], index[0], scale[0]), index[1], scale[1]);
-      mid_sums[r] = dot_i16(dot_i16(mid_sums[r], index[0], mid[0]), index[1], mid[1]);
+      mid_sums[r] = dot_mids(mid_sums[r], query.mid_indices[row + r] + c, keys);
     }
   }
-  store_constants(layout, pair, 0.5f * static_cast<float>(max_code(4)), scale_sums, mid_sums, row,
-                  query);
+  store_constants<4>(layout, pair, scale_sums, mid_sums, row, query);
 }
 
 // Bytes of the four tables of a line, the same for every line. Plane i of a K word leaves its code
@@ -177,34 +215,34 @@ inline void fold_scales(const TileLayout& layout, const TilePair& pair, int row,
 // odd ones.
 struct TableBytes {
   alignas(64) std::uint8_t channel[64];  // of the line: 4 plane + b
-  alignas(64) std::uint8_t once[64];     // 255 where code is odd
-  alignas(64) std::uint8_t twice[64];    // 255 where code >= 2
+  alignas(64) std::uint8_t code[64];
+  alignas(16) std::uint8_t products[16];  // 4 i_s + code: code s_c
 };
 inline constexpr TableBytes kTableBytes = [] {
   TableBytes bytes{};
   for (int at = 0; at < 64; ++at) {
     const int plane = at / 16;
-    const int code = plane % 2 == 0 ? at % 4 : at % 16 / 4;
     const int b = plane % 2 == 0 ? at % 16 / 4 : at % 4;
     bytes.channel[at] = static_cast<std::uint8_t>(4 * plane + b);
-    bytes.once[at] = code % 2 != 0 ? 255 : 0;
-    bytes.twice[at] = code >= 2 ? 255 : 0;
+    bytes.code[at] = static_cast<std::uint8_t>(plane % 2 == 0 ? at % 4 : at % 16 / 4);
+  }
+  for (int at = 0; at < 16; ++at) {
+    bytes.products[at] = static_cast<std::uint8_t>(key_scale_steps(at / 4) * (at % 4));
   }
   return bytes;
 }();
 
-// 2 bits: code i_s for every channel and code of one tile.
+// 2 bits: code s_c for every channel and code of one tile.
 inline void fill_tables(const TileLayout& layout, const TilePair& pair, PackedQuery& query) {
   std::uint8_t* tables = query.tables[pair.index][0];
   const std::uint8_t* params = pair.tile + layout.k_params_offset();
-  const Vi nibble = splat_i8(15);
+  const Vi products = splat_16_bytes(kTableBytes.products);
   for (const std::uint8_t* end = params + layout.head_dim; params < end; params += 16) {
-    const Vi scales = and_int(splat_16_bytes(params), nibble);
+    // 4 i_s of 16 channels.
+    const Vi rows = and_int(shift_right_u16<kScaleShift - 2>(splat_16_bytes(params)), splat_i8(12));
     for (int at = 0; at < 64; at += kBytes) {
-      const Vi scale = shuffle_bytes(scales, load_int(kTableBytes.channel + at));
-      const Vi once = and_int(scale, load_int(kTableBytes.once + at));
-      const Vi twice = and_int(add_i8(scale, scale), load_int(kTableBytes.twice + at));
-      store_int(tables + at, add_i8(once, twice));
+      const Vi row = shuffle_bytes(rows, load_int(kTableBytes.channel + at));
+      store_int(tables + at, shuffle_bytes(products, add_i8(row, load_int(kTableBytes.code + at))));
     }
     tables += 64;
   }
@@ -215,25 +253,20 @@ template <int kRows>
 inline void sum_params(const TileLayout& layout, const TilePair& pair, int row,
                        PackedQuery& query) {
   const std::uint8_t* params = pair.tile + layout.k_params_offset();
-  const Vi nibble = splat_i8(15);
   Vi scale_sums[kRows];
   Vi mid_sums[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) scale_sums[r] = mid_sums[r] = splat_int(0);
   for (int c = 0; c < layout.head_dim; c += kBytes) {
     // Past head_dim: bytes of the next section, times query indices of 0.
-    const Vi bytes = load_int(params + c);
-    const Vi scales = and_int(bytes, nibble);
-    const Vi mids = and_int(shift_right_u16<4>(bytes), nibble);
+    const KeyBytes keys = key_bytes(params + c);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const Vi index = load_int(query.bytes[row + r] + c);
-      scale_sums[r] = dot_nibbles(scale_sums[r], scales, index);
-      mid_sums[r] = dot_nibbles(mid_sums[r], mids, index);
+      scale_sums[r] = dot_bytes(scale_sums[r], keys.steps, load_int(query.bytes[row + r] + c));
+      mid_sums[r] = dot_mids(mid_sums[r], query.mid_indices[row + r] + c, keys);
     }
   }
-  store_constants(layout, pair, 0.5f * static_cast<float>(max_code(2)), scale_sums, mid_sums, row,
-                  query);
+  store_constants<2>(layout, pair, scale_sums, mid_sums, row, query);
 }
 
 inline TilePair pair_of(const PackedTiles& tiles, int i) { return {tiles.at[i], tiles.next[i], i}; }

@@ -30,7 +30,7 @@ inline Vi add_products(Vi sum, Vi u, Vi s) {
 }
 inline Vi add_pairs(Vi sum, Vi v) { return dot_i16(sum, v, splat_i16(1)); }
 
-// code i_s of one plane: the table of its four channels, indexed by code and byte.
+// code s_c of one plane: the table of its four channels, indexed by code and byte.
 template <int kPlane>
 inline Vi scaled_codes(Vi words, Vi table) {
   const Vi code = and_int(words, splat_i8(kPlane % 2 == 0 ? 0x03 : 0x0c));
@@ -56,9 +56,9 @@ inline void finish_scores(const TileLayout& layout, const TilePair& pair, const 
 template <int kRows>
 inline void dot_tables(const TileLayout& layout, const TilePair& pair, const PackedQuery& query,
                        int row, int p, Vi (&sums)[kRows]) {
-  // Each instruction adds two products of at most 45 * 127 to 16 bits, a line has four.
+  // Each instruction adds two products of at most 18 * 127 to 16 bits, a line has four.
   constexpr int kChunk = 16;
-  static_assert(2 * 45 * 127 * 2 <= 32767);
+  static_assert(2 * 3 * kMaxScaleSteps * 127 * 4 <= 32767);
   const std::uint8_t* codes = pair.tile + layout.k_codes_offset() + 4 * p;
   const std::uint8_t* next = pair.next + layout.k_codes_offset() + 4 * p;
   for (int c = 0; c < layout.head_dim; c += kChunk) {
@@ -75,12 +75,12 @@ inline void dot_tables(const TileLayout& layout, const TilePair& pair, const Pac
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const std::int8_t* q = query.bytes[row + r] + c;
-#pragma GCC unroll 2
-      for (int i = 0; i < 4; i += 2) {
-        const Vi products = add_i16(_mm256_maddubs_epi16(code[i], splat_dword(q + 4 * i)),
-                                    _mm256_maddubs_epi16(code[i + 1], splat_dword(q + 4 * i + 4)));
-        sums[r] = add_pairs(sums[r], products);
+      Vi products = _mm256_maddubs_epi16(code[0], splat_dword(q));
+#pragma GCC unroll 3
+      for (int i = 1; i < 4; ++i) {
+        products = add_i16(products, _mm256_maddubs_epi16(code[i], splat_dword(q + 4 * i)));
       }
+      sums[r] = add_pairs(sums[r], products);
     }
   }
 }

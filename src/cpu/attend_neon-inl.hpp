@@ -4,9 +4,10 @@
 // Packed tiles with the int8 dot products of arm64 (SDOT, UDOT by element), four codes a lane and
 // instruction. Both key widths take the 4-bit arithmetic of attend_int8-inl.hpp.
 //
-// K: signed. Query rows are rounded once, q_c = query_scale i_c with |i_c| <= 2175; the integer
-// scale indices of a tile fold exactly: f_c = i_c i_s (at most 32625) = 256 hi + lo, and
-//   score = norm query_scale (U_s (256 hi . code + lo . code - N / 2 sum f) + U_m sum i_c i_m).
+// K: signed. Query rows are rounded once, q_c = query_scale i_c with |i_c| <= 5439; the scales of a
+// tile, s_c = key_scale_steps(i_s), fold exactly: f_c = i_c s_c (at most 32634) = 256 hi + lo, and
+//   score = norm query_scale U_s (256 hi . code + lo . code - N / 2 sum f) + norm U_m q . i_m,
+// with an index of q of its own for the mids, |i_c| <= 32767.
 // V: unsigned. Weight times token scale, rounded to 8 bits once a step of 128 tokens; the terms
 // that do not depend on the channel use the same rounded weights, so their error does not grow with
 // mid.
@@ -23,18 +24,23 @@
 namespace oscar::cpu {
 namespace {
 
-inline constexpr float kMaxQueryIndex = 2175.0f;
+inline constexpr float kMaxQueryIndex = 5439.0f;
+inline constexpr float kMaxMidQueryIndex = 32767.0f;
+// hi stays an int8, and 256 channels of mids in 32 bits.
+static_assert(5439 * kMaxScaleSteps + 128 <= 32767);
+static_assert(std::int64_t{32767} * 32 * kMaxHeadDim < std::int64_t{1} << 31);
 inline constexpr float kMaxWeightIndex = 255.0f;
 inline constexpr int kDotChannels = 16;   // of a query vector
 inline constexpr int kDotPositions = 16;  // of a weight vector
 
 struct PackedQuery {
   alignas(64) std::int16_t indices[kRowBlock][kMaxHeadDim];
+  alignas(64) std::int16_t mid_indices[kRowBlock][kMaxHeadDim];
   float scales[kRowBlock];
   alignas(64) std::int8_t high[kRowBlock][kMaxHeadDim];
   alignas(64) std::int8_t low[kRowBlock][kMaxHeadDim];
   float factors[kRowBlock];    // query_scale U_s
-  float constants[kRowBlock];  // query_scale (U_m sum i_c i_m - U_s N / 2 sum f)
+  float constants[kRowBlock];  // U_m q . i_m - query_scale U_s N / 2 sum f
   alignas(64) std::uint8_t weights[kRowBlock][kStepTokens];
   float weight_scales[kRowBlock];
 };
@@ -59,8 +65,10 @@ inline void prepare_packed(const TileLayout& layout, RowBlock& block, PackedQuer
     const float most = reduce_max(highest);
     query.scales[r] = most / kMaxQueryIndex + reduce_add(nan);
     const Vf inverse = splat(most > 0.0f ? kMaxQueryIndex / most : 0.0f);
+    const Vf mid_inverse = splat(most > 0.0f ? kMaxMidQueryIndex / most : 0.0f);
     for (int c = 0; c < layout.head_dim; c += kLanes) {
       vst1_s16(query.indices[r] + c, vqmovn_s32(to_int(load(q + c) * inverse)));
+      vst1_s16(query.mid_indices[r] + c, vqmovn_s32(to_int(load(q + c) * mid_inverse)));
     }
   }
 }
@@ -69,15 +77,17 @@ template <int kRows>
 inline void fold_rows(const std::uint8_t* params, const TileLayout& layout, int row,
                       PackedQuery& query, std::int32_t (&folded_sums)[kRowBlock],
                       std::int32_t (&mid_sums)[kRowBlock]) {
+  const uint8x16_t steps = {key_scale_steps(0), key_scale_steps(1), key_scale_steps(2),
+                            key_scale_steps(3)};
   int32x4_t folded[kRows];
   int32x4_t mids[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) folded[r] = mids[r] = vdupq_n_s32(0);
   for (int c = 0; c < layout.head_dim; c += kDotChannels) {
     const uint8x16_t bytes = vld1q_u8(params + c);
-    const int8x16_t scale = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
-    const int8x16_t mid =
-        vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4)), vdupq_n_s8(kMaxMidIndex));
+    const int8x16_t scale = vreinterpretq_s8_u8(vqtbl1q_u8(steps, vshrq_n_u8(bytes, kScaleShift)));
+    const int8x16_t mid = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(kMidMask))),
+                                   vdupq_n_s8(kMaxMidIndex));
     const int16x8_t scale_a = vmovl_s8(vget_low_s8(scale));
     const int16x8_t scale_b = vmovl_high_s8(scale);
     const int16x8_t mid_a = vmovl_s8(vget_low_s8(mid));
@@ -92,8 +102,12 @@ inline void fold_rows(const std::uint8_t* params, const TileLayout& layout, int 
       vst1q_s8(query.high[row + r] + c, vrshrn_high_n_s16(vrshrn_n_s16(a, 8), b, 8));
       vst1q_s8(query.low[row + r] + c, vuzp1q_s8(vreinterpretq_s8_s16(a), vreinterpretq_s8_s16(b)));
       folded[r] = vpadalq_s16(vpadalq_s16(folded[r], a), b);
-      mids[r] = vpadalq_s16(mids[r], vmulq_s16(index_a, mid_a));
-      mids[r] = vpadalq_s16(mids[r], vmulq_s16(index_b, mid_b));
+      const int16x8_t mid_index_a = vld1q_s16(query.mid_indices[row + r] + c);
+      const int16x8_t mid_index_b = vld1q_s16(query.mid_indices[row + r] + c + 8);
+      mids[r] = vmlal_s16(mids[r], vget_low_s16(mid_index_a), vget_low_s16(mid_a));
+      mids[r] = vmlal_high_s16(mids[r], mid_index_a, mid_a);
+      mids[r] = vmlal_s16(mids[r], vget_low_s16(mid_index_b), vget_low_s16(mid_b));
+      mids[r] = vmlal_high_s16(mids[r], mid_index_b, mid_b);
     }
   }
 #pragma GCC unroll 4
@@ -108,6 +122,7 @@ inline void fold_scales(const TileLayout& layout, const std::uint8_t* tile, int 
                         PackedQuery& query) {
   const KeyUnits units = key_units(layout, tile);
   const float middle = 0.5f * static_cast<float>(max_code(kBits)) * units.scale;
+  const float mid_unit = kMaxQueryIndex / kMaxMidQueryIndex * units.mid;
   std::int32_t folded[kRowBlock];
   std::int32_t mids[kRowBlock];
   for_row_groups(rows, [&]<int kRows>(int r) {
@@ -115,7 +130,7 @@ inline void fold_scales(const TileLayout& layout, const std::uint8_t* tile, int 
   });
   for (int r = 0; r < rows; ++r) {
     const float constant =
-        static_cast<float>(mids[r]) * units.mid - static_cast<float>(folded[r]) * middle;
+        static_cast<float>(mids[r]) * mid_unit - static_cast<float>(folded[r]) * middle;
     query.factors[r] = query.scales[r] * units.scale;
     query.constants[r] = query.scales[r] * constant;
   }

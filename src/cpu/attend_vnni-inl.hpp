@@ -30,7 +30,7 @@ inline TileNorms tile_norms(const TileLayout& layout, const std::uint8_t* tile) 
   return {{norms_of(bytes), norms_of(bytes + kLanes)}};
 }
 
-// code i_s of one plane: the table of its four channels, indexed by code and byte.
+// code s_c of one plane: the table of its four channels, indexed by code and byte.
 template <int kPlane>
 inline __m512i scaled_codes(__m512i words, __m512i table) {
   const __m512i code = _mm512_set1_epi8(kPlane % 2 == 0 ? 0x03 : 0x0c);

@@ -79,6 +79,12 @@ inline const std::byte* row_address(const ConstRows& rows, std::int64_t token, i
          bytes_of(rows.dtype) * (token * rows.token_stride + head * rows.head_stride);
 }
 
+// Of `count` values a KV head, or null, those of one head.
+template <typename T>
+inline const T* head_values(const T* values, int kv_head, int count) {
+  return values == nullptr ? nullptr : values + static_cast<std::int64_t>(kv_head) * count;
+}
+
 inline std::uint8_t* tile_at(const Layout& layout, const CacheView& cache, int b, int kv_head,
                              std::int64_t tile) {
   const std::int64_t per_page = layout.page_tokens / kTileTokens;

@@ -51,6 +51,35 @@ inline void channel_ranges(const float* columns, Vf& low, Vf& high) {
   }
 }
 
+// Channels c .. c + kLanes - 1: the mids and the scales that their ranges ask for become what is
+// stored. The codes lie around the stored mid: to reach as far from the true one the scale is
+// larger by 2 / N of the distance, for which quantize_keys has left room.
+template <int kBits>
+inline void encode_channels(int c, float scale_unit, float mid_unit, KeyParams& params) {
+  const Vf mid = load(params.mids + c);
+  const Vf nearest = mid / splat(mid_unit == 0.0f ? 1.0f : mid_unit);
+  const Vi i_m =
+      mid_unit == 0.0f ? splat_int(0) : to_int(clamp(nearest, -kMaxMidIndex, kMaxMidIndex));
+  const Vf stored_mid = to_float(i_m) * splat(mid_unit);
+  const Vf more = splat(2.0f / static_cast<float>(max_code(kBits))) * abs(mid - stored_mid);
+  const Vf wanted = load(params.scales + c) + more;
+  Vi i_s = splat_int(0);
+  Vi steps = splat_int(key_scale_steps(0));
+#pragma GCC unroll 3
+  for (int i = 0; i < kMaxScaleIndex; ++i) {
+    const Vi above = where_greater(wanted, splat(key_scale_bound(kBits, i) * scale_unit));
+    i_s = subtract_int(i_s, above);
+    steps = add_int(steps, above & splat_int(key_scale_steps(i + 1) - key_scale_steps(i)));
+  }
+  const Vf stored_scale = to_float(steps) * splat(scale_unit);
+  store(params.mids + c, stored_mid);
+  store(params.scales + c, stored_scale);
+  store(params.inverses + c, zero_where_zero(as_int(stored_scale), splat(1.0f) / stored_scale));
+  alignas(64) std::int32_t bytes[kLanes];
+  store_int(bytes, add_int(i_m, splat_int(kMaxMidIndex)) | shift_left(i_s, kScaleShift));
+  for (int i = 0; i < kLanes; ++i) params.bytes[c + i] = static_cast<std::uint8_t>(bytes[i]);
+}
+
 // Parameters of z [head_dim][32 tokens].
 template <int kBits>
 inline void quantize_keys(const float* columns, int head_dim, bool feedback, KeyParams& params) {
@@ -68,25 +97,14 @@ inline void quantize_keys(const float* columns, int head_dim, bool feedback, Key
     max_scale = max(scale, max_scale);
     max_mid = max(abs(mid), max_mid);
   }
-  params.max_scale = bf16_value(bf16_bits(reduce_max(max_scale)));
+  constexpr float kRoom = 1.0f / static_cast<float>(kMaxMidIndex * max_code(kBits));
   params.max_mid = bf16_value(bf16_bits(reduce_max(max_mid)));
-  const float scale_unit = params.max_scale / static_cast<float>(kMaxScaleIndex);
+  params.max_scale = bf16_value(bf16_bits(reduce_max(max_scale) + params.max_mid * kRoom));
+  const float scale_unit = params.max_scale / static_cast<float>(kMaxScaleSteps);
   const float mid_unit = params.max_mid / static_cast<float>(kMaxMidIndex);
-
-  alignas(64) std::int32_t indices[kMaxHeadDim];
   for (int c = 0; c < head_dim; c += kLanes) {
-    const Vf scale = load(params.scales + c) / splat(scale_unit == 0.0f ? 1.0f : scale_unit);
-    const Vf mid = load(params.mids + c) / splat(mid_unit == 0.0f ? 1.0f : mid_unit);
-    const Vi i_s = scale_unit == 0.0f ? splat_int(1) : to_int(clamp(scale, 1, kMaxScaleIndex));
-    const Vi i_m =
-        mid_unit == 0.0f ? splat_int(0) : to_int(clamp(mid, -kMaxMidIndex, kMaxMidIndex));
-    store(params.mids + c, to_float(i_m) * splat(mid_unit));
-    const Vf stored = to_float(i_s) * splat(scale_unit);
-    store(params.scales + c, stored);
-    store(params.inverses + c, zero_where_zero(as_int(stored), splat(1.0f) / stored));
-    store_int(indices + c, i_s | shift_left(add_int(i_m, splat_int(kMaxMidIndex)), 4));
+    encode_channels<kBits>(c, scale_unit, mid_unit, params);
   }
-  for (int c = 0; c < head_dim; ++c) params.bytes[c] = static_cast<std::uint8_t>(indices[c]);
 }
 
 // Parameters of 32 tokens from the extremes of each, by position.

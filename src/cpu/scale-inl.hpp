@@ -54,6 +54,9 @@ inline std::uint32_t bf16_bits(float x) {
   return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
 }
 
+// Of a K parameter byte, the bits of the mid.
+inline constexpr int kMidMask = (1 << kScaleShift) - 1;
+
 // U_s and U_m of a tile, from the top bits of its norm bytes.
 struct KeyUnits {
   float scale;
@@ -61,7 +64,7 @@ struct KeyUnits {
 };
 inline KeyUnits key_units(const TileLayout& layout, const std::uint8_t* tile) {
   const std::uint32_t bits = top_bits(tile + layout.k_norms_offset());
-  return {bf16_value(bits & 0xffffu) * (1.0f / kMaxScaleIndex),
+  return {bf16_value(bits & 0xffffu) * (1.0f / kMaxScaleSteps),
           bf16_value(bits >> 16) * (1.0f / kMaxMidIndex)};
 }
 

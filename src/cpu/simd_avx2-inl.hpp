@@ -53,6 +53,7 @@ inline Vf max(Vf a, Vf b) { return _mm256_max_ps(a, b); }
 inline Vf abs(Vf v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 inline Vf multiply_add(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vf fused_multiply_add(Vf a, Vf b, Vf c) { return multiply_add(a, b, c); }
+inline Vi where_greater(Vf a, Vf b) { return as_int(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 inline Vf zero_where_zero(Vi condition, Vf v) {
   return _mm256_andnot_ps(as_float(_mm256_cmpeq_epi32(condition, _mm256_setzero_si256())), v);
 }
@@ -131,9 +132,9 @@ inline Vi narrow_i8(Vi low, Vi high) { return _mm256_packs_epi16(low, high); }
 inline Vi narrow_u8(Vi low, Vi high) { return _mm256_packus_epi16(low, high); }
 // sum + pairs of products of 16-bit lanes.
 inline Vi dot_i16(Vi sum, Vi a, Vi b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-// sum + groups of four products of a nibble and a signed byte.
-inline Vi dot_nibbles(Vi sum, Vi nibbles, Vi bytes) {
-  const Vi pairs = _mm256_maddubs_epi16(nibbles, bytes);
+// sum + groups of four products of an unsigned byte, at most 127, and a signed one.
+inline Vi dot_bytes(Vi sum, Vi u, Vi s) {
+  const Vi pairs = _mm256_maddubs_epi16(u, s);
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, splat_i16(1)));
 }
 inline Vi splat_16_bytes(const void* source) {

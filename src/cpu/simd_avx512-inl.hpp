@@ -54,6 +54,9 @@ inline Vf max(Vf a, Vf b) { return _mm512_max_ps(a, b); }
 inline Vf abs(Vf v) { return _mm512_abs_ps(v); }
 inline Vf multiply_add(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vf fused_multiply_add(Vf a, Vf b, Vf c) { return multiply_add(a, b, c); }
+inline Vi where_greater(Vf a, Vf b) {
+  return _mm512_movm_epi32(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ));
+}
 inline Vf zero_where_zero(Vi condition, Vf v) {
   return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(condition, condition), v);
 }
@@ -133,10 +136,8 @@ inline Vi narrow_i8(Vi low, Vi high) { return _mm512_packs_epi16(low, high); }
 inline Vi narrow_u8(Vi low, Vi high) { return _mm512_packus_epi16(low, high); }
 // sum + pairs of products of 16-bit lanes.
 inline Vi dot_i16(Vi sum, Vi a, Vi b) { return _mm512_dpwssd_epi32(sum, a, b); }
-// sum + groups of four products of a nibble and a signed byte.
-inline Vi dot_nibbles(Vi sum, Vi nibbles, Vi bytes) {
-  return _mm512_dpbusd_epi32(sum, nibbles, bytes);
-}
+// sum + groups of four products of an unsigned byte, at most 127, and a signed one.
+inline Vi dot_bytes(Vi sum, Vi u, Vi s) { return _mm512_dpbusd_epi32(sum, u, s); }
 inline Vi splat_16_bytes(const void* source) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(source)));
 }

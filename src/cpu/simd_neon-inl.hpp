@@ -72,6 +72,7 @@ inline Vf max(Vf a, Vf b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 inline Vf abs(Vf v) { return vabsq_f32(v); }
 inline Vf multiply_add(Vf a, Vf b, Vf c) { return vfmaq_f32(c, a, b); }
 inline Vf fused_multiply_add(Vf a, Vf b, Vf c) { return multiply_add(a, b, c); }
+inline Vi where_greater(Vf a, Vf b) { return vreinterpretq_s32_u32(vcgtq_f32(a, b)); }
 inline Vf zero_where_zero(Vi condition, Vf v) {
   return as_float(vandq_s32(vreinterpretq_s32_u32(vtstq_s32(condition, condition)), as_int(v)));
 }

@@ -77,6 +77,8 @@ inline Vf fused_multiply_add(Vf a, Vf b, Vf c) {
   for (int i = 0; i < kLanes; ++i) sum[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return sum;
 }
+// All bits where a > b, else none.
+inline Vi where_greater(Vf a, Vf b) { return a > b; }
 inline Vf zero_where_zero(Vi condition, Vf v) { return condition == 0 ? Vf{} : v; }
 
 inline float reduce_add(Vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }

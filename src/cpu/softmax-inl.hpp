@@ -31,6 +31,9 @@ struct RowBlock {
   RowView views[kRowBlock];
   alignas(64) float q[kRowBlock][kMaxHeadDim];
   alignas(64) float q_rotated[kRowBlock][kMaxHeadDim];
+  // q_rotated . center: what every packed token's score has on top of its tile's (cap_scores,
+  // add_center).
+  float center[kRowBlock];
   alignas(64) float out[kRowBlock][kMaxHeadDim];
   // Channel i G + j of group i at i padded(G) + j, so that every group starts a vector.
   alignas(64) float out_rotated[kRowBlock][kMaxHeadDim];
@@ -66,11 +69,19 @@ inline Vf soft_cap(Vf x, float cap) {
   return as_float(as_int(tanh * splat(cap * kLog2E)) | as_int(sign));
 }
 
-inline void cap_scores(const RowBlock& block, float* scores, int count) {
+// The cap, of scores that all lack `center`; nothing is done without a cap.
+inline void cap_scores(const RowBlock& block, float center, float* scores, int count) {
   if (block.softcap <= 0.0f) return;
   for (int i = 0; i < count; i += kLanes) {
-    store(scores + i, soft_cap(load(scores + i), block.softcap));
+    store(scores + i, soft_cap(load(scores + i) + splat(center), block.softcap));
   }
+}
+
+// Without a cap all packed scores are short by the same: they are summed as they are, and once
+// their tiles are done, before any exact token, the maximum is put right.
+inline void add_center(RowBlock& block) {
+  if (block.softcap > 0.0f) return;
+  for (int r = 0; r < block.rows; ++r) block.max[r] += block.center[r];
 }
 
 inline void multiply(float* x, int count, float factor) {

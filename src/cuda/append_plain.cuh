@@ -57,7 +57,8 @@ __device__ inline void plain_load(const CudaAppendCall& call, const AppendSpan& 
   __syncthreads();
 }
 
-__device__ inline void plain_hadamard(const PlainTile& tile) {
+// center: of the KV head, or null.
+__device__ inline void plain_hadamard(const PlainTile& tile, const float* center) {
   const int block = hadamard_block(tile.head_dim);
   for (int distance = 1; distance < block; distance *= 2) {
     for (int i = static_cast<int>(threadIdx.x); i < kTileTokens * tile.head_dim / 2;
@@ -74,7 +75,9 @@ __device__ inline void plain_hadamard(const PlainTile& tile) {
   }
   const float norm = hadamard_norm(block);
   for (int i = static_cast<int>(threadIdx.x); i < kTileTokens * tile.head_dim; i += kPlainThreads) {
-    tile.row(i / tile.head_dim)[i % tile.head_dim] *= norm;
+    float& y = tile.row(i / tile.head_dim)[i % tile.head_dim];
+    y *= norm;
+    if (center != nullptr) y -= center[i % tile.head_dim];
   }
   __syncthreads();
 }
@@ -138,12 +141,12 @@ __device__ inline void plain_feedback(const std::uint16_t* weights, const PlainT
 
 // Norm bytes with the units in them, and zeros up to the tile's end. norm: of the thread's token.
 __device__ inline void plain_norm_bytes(const TileLayout& layout, const PlainTile& tile, int norm,
-                                        float max_scale, float max_mid, std::uint8_t* out) {
+                                        const KeyTop& top, std::uint8_t* out) {
   const auto largest = static_cast<int>(block_max(static_cast<float>(norm), tile));
   const int position = position_of(static_cast<int>(threadIdx.x) / kPlainParts);
   if (threadIdx.x % kPlainParts == 0) {
     out[layout.k_norms_offset() + position] =
-        norm_byte(norm, largest, unit_bits(max_scale, max_mid, largest), position);
+        norm_byte(norm, largest, unit_bits(top, largest), position);
   }
   for (int i = layout.used_bytes() + static_cast<int>(threadIdx.x); i < layout.tile_bytes();
        i += kPlainThreads) {
@@ -156,7 +159,7 @@ template <int kBits>
 __device__ inline void plain_keys(const TileLayout& layout, const std::uint16_t* feedback,
                                   const PlainTile& tile, std::uint8_t* out) {
   const int norm = plain_norms(tile);
-  float max_scale = 0.0f;
+  float max_step = 0.0f;
   float max_mid = 0.0f;
   for (int c = static_cast<int>(threadIdx.x); c < tile.head_dim; c += kPlainThreads) {
     float low = tile.row(0)[c];
@@ -165,20 +168,18 @@ __device__ inline void plain_keys(const TileLayout& layout, const std::uint16_t*
       low = fminf(low, tile.row(token)[c]);
       high = fmaxf(high, tile.row(token)[c]);
     }
-    tile.grids[c] = {middle(low, high), key_scale<kBits>(low, high, feedback != nullptr)};
-    max_scale = fmaxf(max_scale, tile.grids[c].inverse);
+    tile.grids[c] = {middle(low, high), key_step<kBits>(low, high, feedback != nullptr)};
+    max_step = fmaxf(max_step, tile.grids[c].inverse);
     max_mid = fmaxf(max_mid, fabsf(tile.grids[c].mid));
   }
-  max_scale = rounded_to_bf16(block_max(max_scale, tile));
-  max_mid = rounded_to_bf16(block_max(max_mid, tile));
-  const Unit scale_unit = unit_of(max_scale, kMaxScaleIndex);
-  const Unit mid_unit = unit_of(max_mid, kMaxMidIndex);
+  max_step = block_max(max_step, tile);
+  const KeyTop top = key_top<kBits>(max_step, block_max(max_mid, tile));
   for (int c = static_cast<int>(threadIdx.x); c < tile.head_dim; c += kPlainThreads) {
-    Grid& grid = tile.grids[c];  // so far: the wanted mid and scale
+    Grid& grid = tile.grids[c];  // so far: the wanted mid and the step
     out[layout.k_params_offset() + c] = static_cast<std::uint8_t>(
-        key_params(grid.inverse, grid.mid, scale_unit, mid_unit, &grid, &tile.scales[c]));
+        key_params<kBits>(grid.inverse, grid.mid, top, &grid, &tile.scales[c]));
   }
-  plain_norm_bytes(layout, tile, norm, max_scale, max_mid, out);
+  plain_norm_bytes(layout, tile, norm, top, out);
   __syncthreads();
   if (feedback != nullptr) plain_feedback<kBits>(feedback, tile);
 
@@ -258,7 +259,7 @@ __global__ void __launch_bounds__(kPlainThreads)
     std::uint8_t* out = tile_address(layout, call.cache, b, head, index);
     if (out != nullptr) {
       plain_load(call, span, side, head, index, tile);
-      plain_hadamard(tile);
+      plain_hadamard(tile, side == Side::kKey ? head_center(layout, call.cache, head) : nullptr);
       const bool two_bits = (side == Side::kKey ? layout.format.k_bits : layout.format.v_bits) == 2;
       if (side == Side::kKey) {
         const std::uint16_t* feedback = head_feedback(layout, call.cache, head);

@@ -19,7 +19,7 @@ inline constexpr int kFactorsBarrier = 1;
 template <typename T, int kHeadDim>
 struct StepShared {
   alignas(16) std::uint32_t factors[kBalanceSplits<T> * kHeadDim / 2];
-  uint4 largest[kStepThreads / kWarp];  // of a warp: bits of scale and |mid|, then norm index
+  uint4 largest[kStepThreads / kWarp];  // of a warp: bits of step and |mid|, then norm index
   FeedbackStep<kHeadDim> feedback;
 };
 
@@ -74,14 +74,14 @@ __device__ inline void step_grids(int norm, TileLane place, const TileLayout& la
     low = fminf(low, __shfl_xor_sync(kAllLanes, low, distance));
     high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, distance));
   }
-  const float scale = key_scale<kBits>(low, high, true);
+  const float step = key_step<kBits>(low, high, true);
   const float mid = middle(low, high);
   // Neither is negative: their bits are in the order of the numbers.
-  const std::uint32_t warp_scale = __reduce_max_sync(kAllLanes, __float_as_uint(scale));
+  const std::uint32_t warp_step = __reduce_max_sync(kAllLanes, __float_as_uint(step));
   const std::uint32_t warp_mid = __reduce_max_sync(kAllLanes, __float_as_uint(fabsf(mid)));
   const std::uint32_t warp_norm = __reduce_max_sync(kAllLanes, static_cast<std::uint32_t>(norm));
   if (place.lane == 0) {
-    shared.largest[thread / kWarp] = make_uint4(warp_scale, warp_mid, warp_norm, 0);
+    shared.largest[thread / kWarp] = make_uint4(warp_step, warp_mid, warp_norm, 0);
   }
   __syncthreads();
   uint4 top = shared.largest[0];
@@ -90,13 +90,11 @@ __device__ inline void step_grids(int norm, TileLane place, const TileLayout& la
     const uint4 next = shared.largest[i];
     top = make_uint4(max(top.x, next.x), max(top.y, next.y), max(top.z, next.z), 0);
   }
-  const float largest_scale = rounded_to_bf16(__uint_as_float(top.x));
-  const float largest_mid = rounded_to_bf16(__uint_as_float(top.y));
+  const KeyTop keys = key_top<kBits>(__uint_as_float(top.x), __uint_as_float(top.y));
   const int top_norm = static_cast<int>(top.z);
   Grid grid;
   float stored = 0.0f;
-  const std::uint32_t params = key_params(scale, mid, unit_of(largest_scale, kMaxScaleIndex),
-                                          unit_of(largest_mid, kMaxMidIndex), &grid, &stored);
+  const std::uint32_t params = key_params<kBits>(step, mid, keys, &grid, &stored);
   grid.inverse *= kCodeStep<kBits>;
 #pragma unroll 1
   for (int i = thread % kShare; i < 4; i += kShare) {
@@ -109,8 +107,8 @@ __device__ inline void step_grids(int norm, TileLane place, const TileLayout& la
   }
   if (thread < kRowThreads && place.g() < 2) {
     const int position = 4 * place.quad() + 2 * place.block + place.g();
-    const std::uint32_t units = unit_bits(largest_scale, largest_mid, top_norm);
-    out[layout.k_norms_offset() + position] = norm_byte(norm, top_norm, units, position);
+    out[layout.k_norms_offset() + position] =
+        norm_byte(norm, top_norm, unit_bits(keys, top_norm), position);
   }
   for (int i = layout.used_bytes() + thread; i < layout.tile_bytes(); i += kStepThreads) out[i] = 0;
 }
@@ -133,6 +131,9 @@ __device__ inline int step_columns(const CudaAppendCall& call, const TileTask& t
     load_near<kStepThreads - kRowThreads>(feedback, rank, shared.feedback);
     return 0;
   }
+  const float* center = head_center(call.layout, call.cache, task.head);
+  float own_center[kHeadDim / 8];
+  if (center != nullptr) load_center<kHeadDim>(center, place, own_center);
   uint4 raw[1][kHeadDim / 32];
   load_rows<Side::kKey, T, kHeadDim>(call, task, place, raw);
   wait_at(kFactorsBarrier, kStepThreads);
@@ -143,6 +144,7 @@ __device__ inline int step_columns(const CudaAppendCall& call, const TileTask& t
 #pragma unroll
     for (int i = 0; i < kHeadDim / 4; ++i) y[i / 4][0][i % 4] *= kNorm;
   }
+  if (center != nullptr) subtract_center<kHeadDim>(own_center, y);
   return scale_columns<kHeadDim>(y, place, shared.feedback);
 }
 

@@ -39,7 +39,7 @@ struct KeyExchange {
     float4 grids[8][kLines + 1];  // [g][line]: the two channels' Grids, as pack_keys wants them
     float4 channels[kHeadDim];    // as round_line wants them
   };
-  float2 largest[2];    // scale and |mid| of a warp's channels
+  float2 largest[2];    // step and |mid| of a warp's channels
   int largest_norm[2];  // index, of a warp's tokens
 };
 
@@ -116,6 +116,27 @@ __device__ inline void load_rows(const CudaAppendCall& call, const TileTask& tas
       changed |= old ^ word;
     }
     if (changed != 0) report_fault(call.fault, kSide, task.head, row + token);
+  }
+}
+
+// The center's channels that this lane has of K (rotate.cuh), [2 line + x].
+template <int kHeadDim>
+__device__ inline void load_center(const float* center, TileLane place,
+                                   float (&own)[kHeadDim / 8]) {
+  center += place.g() % 4 + 8 * (place.g() / 4);
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 8; ++i) own[i] = center[16 * (i / 2) + 4 * (i % 2)];
+}
+template <int kHeadDim, int kBlocks>
+__device__ inline void subtract_center(const float (&own)[kHeadDim / 8],
+                                       Rotated<kHeadDim, kBlocks>& y) {
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 8; ++i) {
+    const int line = i / 2;
+#pragma unroll
+    for (int b = 0; b < 2 * kBlocks; ++b) {
+      y[i % 2 + line / 2 * 2][b / 2][line % 2 * 2 + b % 2] -= own[i];
+    }
   }
 }
 
@@ -198,7 +219,7 @@ __device__ inline void key_grids(int norm, TileLane place, KeyExchange<kHeadDim>
   constexpr int kPairs = KeyExchange<kHeadDim>::kPairs;
   constexpr int kOwn = (kPairs + kTileThreads - 1) / kTileThreads;
   const int thread = place.thread();
-  float scales[kOwn][2] = {};
+  float steps[kOwn][2] = {};
   float mids[kOwn][2] = {};
   float2 largest = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -212,11 +233,11 @@ __device__ inline void key_grids(int norm, TileLane place, KeyExchange<kHeadDim>
       all = make_float4(fminf(all.x, next.x), fmaxf(all.y, next.y), fminf(all.z, next.z),
                         fmaxf(all.w, next.w));
     }
-    scales[k][0] = key_scale<kBits>(all.x, all.y, kFed);
-    scales[k][1] = key_scale<kBits>(all.z, all.w, kFed);
+    steps[k][0] = key_step<kBits>(all.x, all.y, kFed);
+    steps[k][1] = key_step<kBits>(all.z, all.w, kFed);
     mids[k][0] = middle(all.x, all.y);
     mids[k][1] = middle(all.z, all.w);
-    largest.x = fmaxf(largest.x, fmaxf(scales[k][0], scales[k][1]));
+    largest.x = fmaxf(largest.x, fmaxf(steps[k][0], steps[k][1]));
     largest.y = fmaxf(largest.y, fmaxf(fabsf(mids[k][0]), fabsf(mids[k][1])));
   }
   // Neither is negative: their bits are in the order of the numbers.
@@ -229,17 +250,14 @@ __device__ inline void key_grids(int norm, TileLane place, KeyExchange<kHeadDim>
   }
   place.sync();
   const float2 other = exchange.largest[1 - place.warp];
-  const float top_scale = rounded_to_bf16(fmaxf(largest.x, other.x));
-  const float top_mid = rounded_to_bf16(fmaxf(largest.y, other.y));
+  const KeyTop top = key_top<kBits>(fmaxf(largest.x, other.x), fmaxf(largest.y, other.y));
   if (place.g() < 4) {
     const int top_norm = max(largest_norm, exchange.largest_norm[1 - place.warp]);
     const int position = 4 * place.quad() + place.g();
     out[layout.k_norms_offset() + position] =
-        norm_byte(norm, top_norm, unit_bits(top_scale, top_mid, top_norm), position);
+        norm_byte(norm, top_norm, unit_bits(top, top_norm), position);
   }
   for (int i = layout.used_bytes() + thread; i < layout.tile_bytes(); i += kTileThreads) out[i] = 0;
-  const Unit scale_unit = unit_of(top_scale, kMaxScaleIndex);
-  const Unit mid_unit = unit_of(top_mid, kMaxMidIndex);
 #pragma unroll
   for (int k = 0; k < kOwn; ++k) {
     const int pair = thread + k * kTileThreads;
@@ -252,7 +270,7 @@ __device__ inline void key_grids(int norm, TileLane place, KeyExchange<kHeadDim>
       const int channel = 16 * line + g % 4 + 4 * x + g / 4 * 8;
       float scale = 0.0f;
       out[layout.k_params_offset() + channel] = static_cast<std::uint8_t>(
-          key_params(scales[k][x], mids[k][x], scale_unit, mid_unit, &grids[x], &scale));
+          key_params<kBits>(steps[k][x], mids[k][x], top, &grids[x], &scale));
       grids[x].inverse *= kCodeStep<kBits>;
       if constexpr (kFed) {
         exchange.channels[channel] =

@@ -56,6 +56,13 @@ __device__ inline void pack_tile(const CudaAppendCall& call, const TileTask& tas
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) y[i / 8][i / 4 % 2][i % 4] *= kNorm;
   }
+  if constexpr (kKey) {
+    if (const float* center = head_center(call.layout, call.cache, task.head); center != nullptr) {
+      float own[kHeadDim / 8];
+      load_center<kHeadDim>(center, place, own);
+      subtract_center<kHeadDim>(own, y);
+    }
+  }
   if constexpr (!kKey) {
     value_tile<kHeadDim, kBits>(y, place, layout, task.out);
   } else if constexpr (kFed) {

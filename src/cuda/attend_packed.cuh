@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The codes of a group of four tiles on the tensor cores, as they are:
-//   scores[token, column] = K codes (A, fp16 subnormals) x query times scale indices (B)
+//   scores[token, column] = K codes (A, fp16 subnormals) x query times scales (B)
 //   out[channel, column]  = V codes (A, bytes) x weights as 16-bit integers (B, two bytes each)
 // One LOP3 gives a register of two K codes or of four V codes. The weights of a group are relative
 // to its own maximum, so that their integers lose nothing that counts; the integer sums of a group

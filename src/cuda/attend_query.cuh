@@ -181,11 +181,14 @@ __device__ inline void load_rotated(const CudaAttendCall& call, const DecodePlan
   hadamard<S>(hadamard_block(dim), lane, x);
 }
 
-// After a common power of two, the largest |q| is 2 to 4; 2^13 of it fit fp16, and a scale index
-// is a subnormal i_s 2^-18 (bits 6 to 9), so that their product is i_s q 2^-5.
+// After a common power of two, the largest |q| is 2 to 4; 2^13 of it fit fp16. A scale is
+// steps 2^-4, the bits of its index and kStepBits, so that a product is at most 6 4 2^9; a mid
+// index is a subnormal 2^-20 (bits 4 to 9).
 inline constexpr float kQueryUnit = 0x1p13f;
-inline constexpr float kIndexUnit = 0x1p-18f;
-inline constexpr int kScoreExponent = 24 - 13 + 18;  // code 2^-24, query 2^13, index 2^-18
+inline constexpr float kStepUnit = 0x1p-4f;
+inline constexpr std::uint32_t kStepBits = 0x30003000u;  // key_scale_steps(0) kStepUnit, twice
+inline constexpr float kMidUnit = 0x1p-20f;
+inline constexpr int kScoreExponent = 24 - 13 + 4;  // code 2^-24, query 2^13, scale 2^-4
 
 // fp16 pairs of the channels of this lane, times `unit`; returns the sum of what they stand for.
 template <class S>
@@ -226,10 +229,56 @@ __device__ inline void take_halves(const Lane& lane,
   }
 }
 
+// Asks for the center's channels, to where the tiles will be unpacked.
+template <class S>
+__device__ inline void ask_center(const CudaAttendCall& call, const DecodeItem& item,
+                                  const Lane& lane, const char* warp) {
+  static_assert(4 * S::kPad <= S::kBounds);
+  const int dim = S::head_dim(call);
+  const float* center = call.cache.center + item.kv_head * dim;
+#pragma unroll
+  for (int first = 0; first < S::kPad; first += 4 * 32) {
+    const int channel = first + 4 * lane.index;
+    if (S::kPad % 128 != 0 && channel >= S::kPad) continue;
+    const bool exists = S::kWhole || channel < dim;
+    cp_async_16_or_zero(shared_address(warp) + 4 * channel, center + (exists ? channel : 0),
+                        exists);
+  }
+}
+
+// query . center of each column, times `factor`. ask_center's copies are all but the last group.
+template <class S>
+__device__ inline void multiply_center(const Lane& lane, const char* warp, float factor,
+                                       const float (&x)[S::kBlocks][QueryPart<S>::kChannels],
+                                       float (&products)[S::kBlocks]) {
+  cp_async_wait<1>();
+  __syncwarp();
+  const float* center = reinterpret_cast<const float*>(warp) + QueryPart<S>::first_channel(lane);
+#pragma unroll
+  for (int i = 0; i < QueryPart<S>::kChannels; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(center + i);
+#pragma unroll
+    for (int n = 0; n < S::kBlocks; ++n) {
+      products[n] = fmaf(x[n][i], four.x, products[n]);
+      products[n] = fmaf(x[n][i + 1], four.y, products[n]);
+      products[n] = fmaf(x[n][i + 2], four.z, products[n]);
+      products[n] = fmaf(x[n][i + 3], four.w, products[n]);
+    }
+  }
+#pragma unroll
+  for (float& product : products) {
+#pragma unroll
+    for (int step = 1; step < (S::kSparse ? 8 : 4); step *= 2) {
+      product += __shfl_xor_sync(kFullWarp, product, step);
+    }
+    product *= factor;
+  }
+}
+
 template <class S>
 __device__ inline void load_query(const CudaAttendCall& call, const DecodePlan& plan,
-                                  const Lane& lane, const RawQuery<S>& raw, WarpState<S>& state,
-                                  DecodeQuery<S>& query) {
+                                  const Lane& lane, const RawQuery<S>& raw, const char* warp,
+                                  WarpState<S>& state, DecodeQuery<S>& query) {
   float x[S::kBlocks][QueryPart<S>::kChannels];
   float largest = 0.0f;
 #pragma unroll
@@ -244,6 +293,8 @@ __device__ inline void load_query(const CudaAttendCall& call, const DecodePlan& 
   }
   const float factor =
       call.options.scale * kLog2E * rsqrtf(static_cast<float>(hadamard_block(S::head_dim(call))));
+  float center[S::kBlocks] = {};
+  if (call.cache.center != nullptr) multiply_center<S>(lane, warp, factor, x, center);
   // Exponent of the largest |q| that the loops below see; 0 where all are 0.
   const float scaled = fmaxf(largest * fabsf(factor), 0x1p-100f);
   const int exponent = static_cast<int>(__float_as_uint(scaled) >> 23) - 127;
@@ -264,7 +315,8 @@ __device__ inline void load_query(const CudaAttendCall& call, const DecodePlan& 
       for (int i = 0; i < S::kPairs; ++i) query.pairs[n][i] = pairs[i];
     }
     if (lane.c == 0) {
-      state.sums[8 * n + lane.g] = sum * (static_cast<float>(kMaxMidIndex) * kIndexUnit);
+      state.sums[8 * n + lane.g] = sum * (static_cast<float>(kMaxMidIndex) * kMidUnit);
+      state.center[QueryPart<S>::column(lane, n)] = center[n];
     }
   }
 }

@@ -54,15 +54,16 @@ __device__ inline TokenFactors token_factors(const Lane& lane, const char* tile)
 }
 
 // Exponents of a tile that some column does not see whole, or with a soft cap. `bound`: the packed
-// tokens that the column sees.
+// tokens that the column sees; center: its state's, which the cap has to see.
 __device__ inline void special_exponents(const CudaAttendCall& call, const Lane& lane, int first,
-                                         int2 bound, const TokenFactors& factors, float (&x)[4]) {
+                                         int2 bound, float center, const TokenFactors& factors,
+                                         float (&x)[4]) {
   const float cap = call.options.softcap * kLog2E;
   const float turn = __fdividef(2.0f * kLog2E, cap);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     x[i] *= factors.norms[i];
-    if (cap > 0.0f) x[i] = soft_capped(x[i], cap, turn);
+    if (cap > 0.0f) x[i] = soft_capped(x[i] + center, cap, turn);
     x[i] += factors.logs[i];
     const int token = first + lane.g + 8 * i;
     if (token < bound.x || token >= bound.y) x[i] = -INFINITY;
@@ -95,9 +96,11 @@ __device__ inline void score_group(const CudaAttendCall& call, const Lane& lane,
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = fmaf(x[i], factors.norms[i], factors.logs[i]);
       } else {
-        const int2 bound = reinterpret_cast<const int2*>(warp + S::kBounds)[S::column(lane.c, j)];
-        special_exponents(call, lane, kTileTokens * (kGroupTiles * tiles.group + t), bound, factors,
-                          x);
+        const int column = S::column(lane.c, j);
+        const int2 bound = reinterpret_cast<const int2*>(warp + S::kBounds)[column];
+        special_exponents(call, lane, kTileTokens * (kGroupTiles * tiles.group + t), bound,
+                          reinterpret_cast<const WarpState<S>*>(warp + S::kState)->center[column],
+                          factors, x);
       }
     }
   }
@@ -156,8 +159,13 @@ __device__ inline void attend_packed_segment(const CudaAttendCall& call, const D
   int end = min(last - group * kGroupTiles, kGroupTiles);
   RawQuery<S> raw;
   fetch.start(call, state, lane, warp);
+  if (call.cache.center != nullptr) {
+    ask_center<S>(call, state.item, lane, warp);
+    cp_async_commit();
+  }
   if (S::kAhead && (state.slots & 1) != 0) {  // asked for by the item's exact tokens
     raw = query_ahead<S>(warp)[lane.index];
+    cp_async_commit();  // nothing: behind the center, as the keys below
   } else {
     raw = load_raw_query<S>(call, plan, state.item, lane);
     const int page = *fetch.first_page(call, plan, state, lane, group, last);
@@ -168,7 +176,7 @@ __device__ inline void attend_packed_segment(const CudaAttendCall& call, const D
   if (lane.index == 0) state.last_tile = last;
   set_bounds<S>(call, plan, lane, state, reinterpret_cast<int2*>(warp + S::kBounds));
   DecodeQuery<S> query;
-  load_query<S>(call, plan, lane, raw, state, query);
+  load_query<S>(call, plan, lane, raw, warp, state, query);
   DecodeSoftmax<S> softmax;
   PackedSums<S> sums;
   softmax.clear();
@@ -211,10 +219,13 @@ __device__ inline void attend_packed_segment(const CudaAttendCall& call, const D
   const Lane here = fresh_lane(state.zero);
   float* partial = partial_of<S>(call, plan, warp, 1);
   store_packed<S>(call, plan, here, sums, partial);
+  // All scores of the segment lack the center: with it the maximum is what differs.
+  const bool capped = call.options.softcap > 0.0f;
 #pragma unroll
   for (int j = 0; j < S::kLaneColumns; ++j) {
-    store_softmax(plan, here, S::head_dim(call), S::column(here.c, j), softmax.max[j],
-                  softmax.sum[j], partial);
+    const int column = S::column(here.c, j);
+    const float max = softmax.max[j] + (capped ? 0.0f : state.center[column]);
+    store_softmax(plan, here, S::head_dim(call), column, max, softmax.sum[j], partial);
   }
   __syncwarp();
 }

@@ -93,7 +93,7 @@ struct DecodeShape {
       (std::max({kGroupBytes, kPartialBytes, kExactBytes}) + 127) / 128 * 128;
   static constexpr int kNextPages = kTileOffsets + 128;
   static constexpr int kState = kNextPages + 128;  // WarpState
-  static constexpr int kWarpBytes = kState + 256;
+  static constexpr int kWarpBytes = kState + (kBlocks == 1 ? 256 : 384);
 
   // As many warps as registers allow and shared memory holds: of more than 12 the loop would have
   // too few registers, and what it spilled would wait behind all the tiles under way.
@@ -172,7 +172,8 @@ struct WarpState : WarpSegment {
   std::uint32_t one;           // two fp16 ones, which the compiler does not know
   int zero;                    // nor does it know this
   float log_unit;              // log2 of what a score is multiplied by, without norm and U_s
-  float sums[8 * S::kBlocks];  // 7 times the query's sum, in units of the mids' sums
+  float sums[8 * S::kBlocks];  // 31 times the query's sum, in units of the mids' sums
+  float center[S::kColumns];   // what the center adds to packed scores, in units of log2
 };
 
 // Of this warp.

@@ -1,9 +1,9 @@
 // SPDX-FileCopyrightText: 2026 The oscar-kv authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// What four tiles need besides their codes, once for the group: K scale indices as fp16 subnormals
-// in the order of the query, K norms, V scales, V mids, and what K's mids and the middle of the
-// codes add to every score of a tile.
+// What four tiles need besides their codes, once for the group: K scales as fp16 in the order of
+// the query, K norms, V scales, V mids, and what K's mids and the middle of the codes add to every
+// score of a tile.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -43,24 +43,26 @@ struct KeyUnits {
   float mid;    // U_m
 };
 __device__ inline KeyUnits key_units(std::uint32_t bits) {
-  const float scale = __uint_as_float(bits << 16) * (1.0f / kMaxScaleIndex);
+  const float scale = __uint_as_float(bits << 16) * (1.0f / kMaxScaleSteps);
   const float mid = __uint_as_float(bits & 0xffff0000u) * (1.0f / kMaxMidIndex);
   // Where all scales are 0, mid / scale stays so small that sums of it are finite.
   return {fmaxf(fmaxf(scale, mid * 0x1p-40f), 0x1p-100f), mid};
 }
 
-// Lane 4 g + c: tile g % 4, scale indices for g < 4, mid indices for the others; the parameter
-// words of channels c kLaneChannels and on. An MMA with these as rows sums them over the channels.
-// units_of_lane: units_word.
+// Lane 4 g + c: tile g % 4, scales for g < 4, mid indices for the others; the parameter words of
+// channels c kLaneChannels and on. An MMA with these as rows sums them over the channels. A scale
+// index is the last bit of an fp16 exponent and the first one of its mantissa, a mid index with its
+// bias six bits of a subnormal. units_of_lane: units_word.
 template <class S>
 __device__ inline void unpack_channels(const CudaAttendCall& call, const Lane& lane, char* warp,
                                        const GroupTiles& tiles, const WarpState<S>& state,
                                        const DecodeQuery<S>& query, std::uint32_t units_of_lane) {
   const int tile = lane.g % kGroupTiles;
   const bool is_mid = lane.g >= kGroupTiles;
-  const int left = is_mid ? 2 : 6;
-  const int right = is_mid ? 6 : 2;
-  constexpr std::uint32_t kMask = 0x03c003c0u;  // bits 6 to 9: index 2^-18
+  const int left = is_mid ? 4 : 3;
+  const int right = is_mid ? 4 : 5;
+  const std::uint32_t mask = is_mid ? 0x03f003f0u : 0x06000600u;
+  const std::uint32_t exponent = is_mid ? 0 : kStepBits;
   const std::uint8_t* tail = tail_of<S>(call, warp, tile);
   const auto* words = reinterpret_cast<const uint4*>(tail + lane.c * S::kLaneChannels);
   auto* scales = reinterpret_cast<uint4*>(warp + S::kScales + tile * S::kTileBytes);
@@ -75,8 +77,9 @@ __device__ inline void unpack_channels(const CudaAttendCall& call, const Lane& l
     const std::uint32_t w[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
-      const std::uint32_t a[4] = {w[j] << left & kMask, w[j + 1] << left & kMask,
-                                  w[j] >> right & kMask, w[j + 1] >> right & kMask};
+      const std::uint32_t a[4] = {
+          (w[j] << left & mask) | exponent, (w[j + 1] << left & mask) | exponent,
+          (w[j] >> right & mask) | exponent, (w[j + 1] >> right & mask) | exponent};
       if (!is_mid) scales[(4 * i + j) / 2 * 4 + lane.c] = make_uint4(a[0], a[1], a[2], a[3]);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -91,7 +94,7 @@ __device__ inline void unpack_channels(const CudaAttendCall& call, const Lane& l
     }
   }
   const KeyUnits units = key_units(__shfl_sync(kFullWarp, units_of_lane, 8 * tile));
-  const float ratio = __fdividef(units.mid, units.scale);
+  const float ratio = __fdividef(units.mid * (kStepUnit / kMidUnit), units.scale);
   constexpr float kMiddle = 0.5f * static_cast<float>(max_code(S::kKBits));
 #pragma unroll
   for (int n = 0; n < S::kBlocks; ++n) {

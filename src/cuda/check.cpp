@@ -67,6 +67,7 @@ Status check_device_cache(const CacheView& cache, const Batch& batch, std::int64
                    ", must be a multiple of " + std::to_string(kAccessBytes));
   }
   OSCAR_TRY(check_aligned("cache.pages", cache.pages, 32));
+  OSCAR_TRY(check_aligned("cache.center", cache.center, kAccessBytes));
   OSCAR_TRY(check_aligned("cache.feedback", cache.feedback, kAccessBytes));
   if (cache.max_pages > 0) OSCAR_TRY(check_present("cache.block_table", cache.block_table));
   // A zero-sized pool may have no address: then no tile can complete.

@@ -15,7 +15,7 @@ namespace oscar::cuda {
 Status check_device_rows(const char* name, const ConstRows& rows, std::int64_t tokens,
                          std::int32_t heads);
 
-// Null pointers, sizes and the alignment of pages and exact.
+// Null pointers, sizes and the alignment of pages, exact, center and feedback.
 Status check_device_cache(const CacheView& cache, const Batch& batch, std::int64_t tokens);
 
 // The error of the launches since the last call, if any.

@@ -23,14 +23,15 @@ __device__ constexpr int token_of_column(int column) {
 __device__ inline std::uint32_t as_bits(__half2 x) { return reinterpret_cast<std::uint32_t&>(x); }
 __device__ inline __half2 as_half2(std::uint32_t x) { return reinterpret_cast<__half2&>(x); }
 
-// Codes at bit kShift of the low and the high half of w as the fp16 numbers 1024 + code 2^kShift.
+// Numbers of kBits bits at bit kShift of the low and the high half of w as the fp16 numbers
+// 1024 + number 2^kShift.
 template <int kBits, int kShift>
 __device__ inline __half2 magic_of(std::uint32_t w) {
-  constexpr std::uint32_t kMask = (kBits == 2 ? 0x00030003u : 0x000f000fu) << kShift;
+  constexpr std::uint32_t kMask = ((1u << kBits) - 1) * 0x00010001u << kShift;
   return as_half2((w & kMask) | 0x64006400u);
 }
 
-// The codes as exact fp16 numbers, less kBias.
+// The numbers themselves, exact in fp16, less kBias.
 template <int kBits, int kShift, int kBias = 0>
 __device__ inline __half2 codes_of(std::uint32_t w) {
   constexpr float kPlace = 1.0f / static_cast<float>(1 << kShift);
@@ -39,16 +40,17 @@ __device__ inline __half2 codes_of(std::uint32_t w) {
 }
 
 // U_s and U_m of a tile as multiples of a common unit, by which the norms are multiplied: U_s is
-// nearly always the unit itself, and the codes times i_s are whole numbers, exact in fp16.
-struct KeyUnits {
+// the unit itself unless U_m is 2^10 times as large, and the codes times steps are whole numbers,
+// exact in fp16.
+struct OperandUnits {
   float unit;
   float scale;
   float mid;
 };
-__device__ inline KeyUnits key_units(std::uint32_t bits) {
-  const float scale = __uint_as_float(bits << 16) * (1.0f / kMaxScaleIndex);
+__device__ inline OperandUnits operand_units(std::uint32_t bits) {
+  const float scale = __uint_as_float(bits << 16) * (1.0f / kMaxScaleSteps);
   const float mid = __uint_as_float(bits & 0xffff0000u) * (1.0f / kMaxMidIndex);
-  const float unit = fmaxf(fmaxf(scale, mid * 0x1p-9f), 1e-30f);
+  const float unit = fmaxf(fmaxf(scale, mid * 0x1p-10f), 1e-30f);
   const float inverse = __fdividef(1.0f, unit);
   return {unit, scale * inverse, mid * inverse};
 }
@@ -77,8 +79,8 @@ struct TokenBytes {
         v_mid(static_cast<std::int8_t>(raw[tile.v_mids_offset() + position])) {}
 
   // Of the tile, by a warp whose lane l has position l.
-  [[nodiscard]] __device__ KeyUnits units() const {
-    return key_units(__ballot_sync(0xffffffffu, norm > kMaxNormIndex));
+  [[nodiscard]] __device__ OperandUnits units() const {
+    return operand_units(__ballot_sync(0xffffffffu, norm > kMaxNormIndex));
   }
 
   __device__ void store(float key_unit, float v_middle, int position, TokenParameters& to) const {
@@ -94,34 +96,40 @@ struct TokenBytes {
 
 // What makes keys of the codes of eight channels, as the pairs (0, 2), (1, 3), (4, 6), (5, 7). A
 // code is read as m = 1024 + place code (magic_of), and a key over its norm is
-//   i_s (code - N / 2) + U_m i_m = m scale + offset + rest,
-// where m scale + offset is a multiple of a power of two that fp16 holds exactly (unless mids are
-// far larger than steps) and the rest is added with the norm: the key is rounded once. Rounding
-// U_m i_m - N / 2 i_s to fp16 instead would be an error common to all tokens of a tile, which does
-// not average out: it shifts their scores against those of other tiles.
+//   steps (code - N / 2) + U_m i_m = m scale + offset + rest,
+// where m scale + offset is a multiple of a power of two that fp16 holds exactly (unless the mid is
+// more than 1024 times the unit: then it is rounded, as the key will be) and the rest is added with
+// the norm: the key is rounded once. Rounding U_m i_m - N / 2 steps to fp16 instead would be an
+// error common to all tokens of a tile, which does not average out: it shifts their scores against
+// those of other tiles.
 template <int kBits>
 struct ChannelParameters {
   __half2 scale[4];
   __half2 offset[4];
   __half2 rest[4];
 
-  __device__ ChannelParameters(uint2 bytes, const KeyUnits& units) {
+  __device__ ChannelParameters(uint2 bytes, const OperandUnits& units) {
     constexpr float kMiddle = 0.5f * max_code(kBits);
     const __half2 mid_unit = __float2half2_rn(units.mid);
     const __half2 mid_unit_rest = __float2half2_rn(units.mid - __low2float(mid_unit));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float place = i < 2 ? 1.0f : static_cast<float>(1 << kBits);
-      const std::uint32_t word = (i < 2 ? bytes.x : bytes.y) >> (8 * (i % 2));
-      const float unit = units.scale / place;
-      scale[i] =
-          __hfma2(magic_of<4, 0>(word), __float2half2_rn(unit), __float2half2_rn(-1024.0f * unit));
-      const __half2 mid = codes_of<4, 4, kMaxMidIndex>(word);
+      const std::uint32_t word = i < 2 ? bytes.x : bytes.y;
+      scale[i] = __hmul2(steps_of(i % 2 == 0 ? word << 3 : word >> 5),
+                         __float2half2_rn(units.scale / place));
+      const __half2 mid = codes_of<6, 0, kMaxMidIndex>(i % 2 == 0 ? word : word >> 8);
       offset[i] =
           __hfma2(scale[i], __float2half2_rn(-1024.0f - kMiddle * place), __hmul2(mid, mid_unit));
       rest[i] = __hfma2(mid, mid_unit, __hneg2(taken(i, scale[i], offset[i])));
       rest[i] = __hfma2(mid, mid_unit_rest, rest[i]);
     }
+  }
+
+  // The steps of two channels whose scale indices are in bits 9 and 10 of the halves of w: the last
+  // bit of fp16's exponent and the first one of its mantissa.
+  __device__ static __half2 steps_of(std::uint32_t w) {
+    return as_half2((w & 0x06000600u) | 0x40004000u);
   }
 
   // What of U_m i_m is in the offset, exactly; for pairs 0 and 1 the sum of 1024 and the middle is
@@ -205,7 +213,7 @@ __device__ inline void fill_format(int head_dim, const char* raw, int thread,
   const bool has_keys = fills_keys(kFill) && (kFull || 8 * chunk < head_dim);
   const int line = kKeyBits == 2 ? chunk / 2 : chunk;
   const TokenBytes token(tile, bytes, lane);
-  const KeyUnits units = token.units();
+  const OperandUnits units = token.units();
   uint2 channels = make_uint2(0, 0);
   uint4 words[kSteps] = {};
   if (has_keys) {

@@ -40,6 +40,7 @@ struct WarpRows {
   SoftmaxRows softmax[kM];
   float multiplier[kM][2];  // of the scores
   int position[kM][2];
+  RowCenters centers[kM];  // of exact units 0
 };
 
 // Of a warp's rows with a unit's tokens.
@@ -71,9 +72,10 @@ __device__ inline void load_warp_query(const CudaAttendCall& call, const RowBloc
   const float unit = rotate ? kLog2e * static_cast<float>(1 << kKeyShift) : kLog2e;
 #pragma unroll
   for (int i = 0; i < 2 * kM; ++i) {
-    warp_rows.multiplier[i / 2][i % 2] =
-        unit * load_query<Shape::kPaddedDim / 8>(call, block, row0 + 8 * i, rotate, shared,
-                                                 Shape::kBlockRows);
+    const RowFactors row = load_query<Shape::kPaddedDim / 8>(call, block, row0 + 8 * i, rotate,
+                                                             shared, Shape::kBlockRows);
+    warp_rows.multiplier[i / 2][i % 2] = unit * row.multiplier;
+    warp_rows.centers[i / 2].of[i % 2] = kLog2e * row.center;
   }
   __syncwarp();
 }
@@ -119,7 +121,7 @@ __device__ inline void weigh_unit(const CudaAttendCall& call, const RowBlock& bl
     if (partial) mask_scores(call.layout, block, packed, first, end, rows.position[m], s[m]);
     float multiplier[2] = {rows.multiplier[m][0], rows.multiplier[m][1]};
     if (call.options.softcap > 0.0f) {
-      cap_scores(call.options.softcap, multiplier, s[m]);
+      cap_scores(call.options.softcap, multiplier, rows.centers[m], s[m]);
       multiplier[0] = multiplier[1] = kLog2e;
     }
     float factor[2];
@@ -209,6 +211,7 @@ __device__ inline void attend_packed_units(const CudaAttendCall& call, const Row
   }
 #pragma unroll
   for (int m = 0; m < Shape::kRowBlocks; ++m) {
+    add_center(call.options, rows.centers[m], rows.softmax[m]);
     unrotate_sums<Shape::kPaddedDim>(call.layout.head_dim, rows.o[m]);
   }
 }

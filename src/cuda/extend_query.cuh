@@ -82,13 +82,35 @@ __device__ inline void store_pair(void* row, DType dtype, int c, float a, float 
   }
 }
 
-// Rows r0 .. r0 + 7 (r0 + lane / 4 each quad) of the block into the operand at `shared`, panels of
-// `panel_rows` rows, each row times a power of two that makes its largest element 1 to 2; returns
-// what a product with it has to be multiplied by to be a score. rotate: Q's rotation, and the order
-// 0, 2, 1, 3 within each four channels in which packed keys come (extend_fill.cuh).
+// The row times a head's center; both without what is behind head_dim.
 template <int N>
-__device__ inline float load_query(const CudaAttendCall& call, const RowBlock& block, int r0,
-                                   bool rotate, char* shared, int panel_rows) {
+__device__ inline float center_product(const float* center, int head_dim, const float (&x)[N][2]) {
+  const int within = 2 * (static_cast<int>(threadIdx.x) % 4);
+  float sum = 0.0f;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    if (8 * n >= head_dim) break;
+    const float2 pair = *reinterpret_cast<const float2*>(center + 8 * n + within);
+    sum = fmaf(x[n][0], pair.x, fmaf(x[n][1], pair.y, sum));
+  }
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  return sum + __shfl_xor_sync(~0u, sum, 2);
+}
+
+// What products with a row of the operand are multiplied by to be scores, and what the center adds
+// to these.
+struct RowFactors {
+  float multiplier;
+  float center;
+};
+
+// Rows r0 .. r0 + 7 (r0 + lane / 4 each quad) of the block into the operand at `shared`, panels of
+// `panel_rows` rows, each row times a power of two that makes its largest element 1 to 2. rotate:
+// Q's rotation, and the order 0, 2, 1, 3 within each four channels in which packed keys come
+// (extend_fill.cuh).
+template <int N>
+__device__ inline RowFactors load_query(const CudaAttendCall& call, const RowBlock& block, int r0,
+                                        bool rotate, char* shared, int panel_rows) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int r = r0 + lane / 4;
   const int head_dim = call.layout.head_dim;
@@ -115,9 +137,14 @@ __device__ inline float load_query(const CudaAttendCall& call, const RowBlock& b
   }
   const int size = hadamard_block(head_dim);
   float unit = 1.0f;
+  float center = 0.0f;
   if (rotate) {
     hadamard_quad(x, size);
     unit = rsqrtf(static_cast<float>(size));
+    if (call.cache.center != nullptr) {
+      center = call.options.scale * unit *
+               center_product(call.cache.center + block.kv_head * head_dim, head_dim, x);
+    }
   }
   float largest = 0.0f;
 #pragma unroll
@@ -142,7 +169,8 @@ __device__ inline float load_query(const CudaAttendCall& call, const RowBlock& b
     }
   }
   // Never 0, so that it leaves -infinity alone.
-  return fmaxf(fabsf(call.options.scale) * __uint_as_float(exponent << 23) * unit, 1e-30f);
+  return {fmaxf(fabsf(call.options.scale) * __uint_as_float(exponent << 23) * unit, 1e-30f),
+          center};
 }
 
 }  // namespace oscar::cuda

@@ -21,6 +21,12 @@ inline constexpr float kWeightShift = 8.0f;
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
+// What the center adds to the packed scores of two rows, in units of log2. Wanted once, or for a
+// soft cap once a unit: in memory, since registers are scarce.
+struct RowCenters {
+  volatile float of[2];
+};
+
 // Two rows (lane / 4, + 8) of a block of 16.
 struct SoftmaxRows {
   float max[2] = {-INFINITY, -INFINITY};  // of the scores, in units of ln 2
@@ -56,18 +62,21 @@ __device__ inline void mask_scores(const Layout& layout, const RowBlock& block, 
   }
 }
 
-// s * multiplier through the soft cap; the multiplier afterwards is kLog2e.
+// s * multiplier + center through the soft cap; the multiplier afterwards is kLog2e.
 template <int N>
-__device__ inline void cap_scores(float cap, const float (&multiplier)[2], float (&s)[N][4]) {
+__device__ inline void cap_scores(float cap, const float (&multiplier)[2],
+                                  const RowCenters& centers, float (&s)[N][4]) {
   const float over_cap = 2.0f / cap;  // the multiplier has log2 e in it
+  const float factor[2] = {multiplier[0] * over_cap, multiplier[1] * over_cap};
+  const float added[2] = {centers.of[0] * over_cap, centers.of[1] * over_cap};
 #pragma unroll
   for (int n = 0; n < N; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (s[n][i] == -INFINITY) continue;
       // tanh(x) = 1 - 2 / (e^2x + 1), exact to float32 rounding at the size of the cap.
-      const float x = s[n][i] * multiplier[i / 2] * over_cap;
-      s[n][i] = cap * (1.0f - __fdividef(2.0f, exp2_fast(x) + 1.0f));
+      const float x = fmaf(s[n][i], factor[i / 2], added[i / 2]);
+      const float capped = cap * (1.0f - __fdividef(2.0f, exp2_fast(x) + 1.0f));
+      s[n][i] = s[n][i] == -INFINITY ? s[n][i] : capped;
     }
   }
 }
@@ -100,6 +109,15 @@ __device__ inline bool update_softmax(const float (&multiplier)[2], float (&s)[N
     rows.sum[i] = fmaf(rows.sum[i], factor[i], sum);
   }
   return __any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f) != 0;
+}
+
+// After the packed units of rows: their scores were without the center, unless it went through the
+// soft cap. With it, the maximum is what differs.
+__device__ inline void add_center(const AttendOptions& options, const RowCenters& centers,
+                                  SoftmaxRows& rows) {
+  if (options.softcap > 0.0f) return;
+  rows.max[0] += centers.of[0];
+  rows.max[1] += centers.of[1];
 }
 
 __device__ inline std::uint32_t pack_weights(float a, float b) {

@@ -122,6 +122,7 @@ struct GroupRows {
   SoftmaxRows softmax;
   float multiplier[2];
   int position[2];
+  RowCenters centers;  // of exact units 0
 };
 
 // Starts s = Q K^T of a unit.
@@ -167,7 +168,7 @@ __device__ inline bool weigh(const CudaAttendCall& call, const RowBlock& block, 
   }
   float multiplier[2] = {rows.multiplier[0], rows.multiplier[1]};
   if (call.options.softcap > 0.0f) {
-    cap_scores(call.options.softcap, multiplier, s);
+    cap_scores(call.options.softcap, multiplier, rows.centers, s);
     multiplier[0] = multiplier[1] = kLog2e;
   }
   return update_softmax(multiplier, s, rows.softmax, factor);
@@ -270,8 +271,10 @@ __device__ inline void load_group_query(const CudaAttendCall& call, const RowBlo
   const float unit = rotate ? kLog2e * static_cast<float>(1 << kKeyShift) : kLog2e;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    rows.multiplier[i] = unit * load_query<kHeadDim / 8>(call, block, row0 + 8 * i, rotate, shared,
-                                                         WgmmaShape<kHeadDim>::kBlockRows);
+    const RowFactors row = load_query<kHeadDim / 8>(call, block, row0 + 8 * i, rotate, shared,
+                                                    WgmmaShape<kHeadDim>::kBlockRows);
+    rows.multiplier[i] = unit * row.multiplier;
+    rows.centers.of[i] = kLog2e * row.center;
   }
   fence_shared_for_wgmma();
   named_barrier(barrier, WgmmaShape<kHeadDim>::kGroup);
@@ -295,6 +298,7 @@ __device__ inline void multiply_units(const CudaAttendCall& call, const RowBlock
   if (begin < packed_stop) {
     load_group_query(call, block, row0, true, 8 + group, shared, rows);
     consume_units(call, block, units, begin, begin, packed_stop, address, q_operand, ring, rows);
+    add_center(call.options, rows.centers, rows.softmax);
     unrotate_sums<kHeadDim>(kHeadDim, o);
     named_barrier(8 + group, Shape::kGroup);  // the scores of every warp have read Q
   }

@@ -113,6 +113,11 @@ __device__ inline const std::uint16_t* head_feedback(const Layout& layout, const
   return cache.feedback + static_cast<std::int64_t>(head) * layout.head_dim * layout.head_dim;
 }
 
+// Of a KV head, or null.
+__device__ inline const float* head_center(const Layout& layout, const CacheView& cache, int head) {
+  return cache.center == nullptr ? nullptr : cache.center + head * layout.head_dim;
+}
+
 // Row of token `token` (first .. end - 1 of the call, or an earlier one in the ring) with its
 // dtype.
 struct TokenRow {

@@ -20,9 +20,9 @@ struct Grid {
   float inverse;
 };
 
-// A K channel from its extremes over the tile.
+// The step of a K channel's codes that span their share of its range over the tile.
 template <int kBits>
-__device__ inline float key_scale(float low, float high, bool feedback) {
+__device__ inline float key_step(float low, float high, bool feedback) {
   constexpr auto kSteps = static_cast<float>(max_code(kBits));
   constexpr float kShares[2] = {k_range_share(kBits, false) / kSteps,
                                 k_range_share(kBits, true) / kSteps};
@@ -60,11 +60,31 @@ __device__ inline Unit unit_of(float maximum, int steps) {
   return {value, reciprocal(value)};
 }
 
+// The largest scale and |mid| of a K tile's channels in bf16, and the units of the indices.
+struct KeyTop {
+  float max_scale;
+  float max_mid;
+  float scale_unit;
+  Unit mid_unit;
+};
+
+// From the largest step and |mid| of its channels. A stored mid is off by half a unit at most, and
+// the largest scale has room for that (key_params).
+template <int kBits>
+__device__ inline KeyTop key_top(float largest_step, float largest_mid) {
+  constexpr float kMidShare = 1.0f / static_cast<float>(kMaxMidIndex * max_code(kBits));
+  const float max_mid = rounded_to_bf16(largest_mid);
+  const float max_scale = rounded_to_bf16(largest_step + max_mid * kMidShare);
+  return {max_scale, max_mid, max_scale / static_cast<float>(kMaxScaleSteps),
+          unit_of(max_mid, kMaxMidIndex)};
+}
+
 // Both maxima as the tile stores them: times its norms' power of two, bf16.
-__device__ inline std::uint32_t unit_bits(float max_scale, float max_mid, int largest_norm) {
+__device__ inline std::uint32_t unit_bits(const KeyTop& top, int largest_norm) {
   const float tile_norm =
       __uint_as_float(static_cast<std::uint32_t>(norm_octave(largest_norm) + 127) << 23);
-  const __nv_bfloat162 units = __floats2bfloat162_rn(max_scale * tile_norm, max_mid * tile_norm);
+  const __nv_bfloat162 units =
+      __floats2bfloat162_rn(top.max_scale * tile_norm, top.max_mid * tile_norm);
   return reinterpret_cast<const std::uint32_t&>(units);
 }
 
@@ -73,20 +93,32 @@ __device__ inline float clamped(float x, float low, float high) {
 }
 
 // Parameter byte of a K channel, and the grid and the scale that the stored parameters stand for.
-__device__ inline std::uint32_t key_params(float scale, float mid, Unit scale_unit, Unit mid_unit,
-                                           Grid* grid, float* stored_scale) {
-  const float i_s = scale_unit.value == 0.0f
-                        ? 1.0f
-                        : clamped(rintf(divide(scale, scale_unit)), 1.0f, kMaxScaleIndex);
-  const float i_m = mid_unit.value == 0.0f
+// The codes are to reach as far with the mid that is stored as they would have with the true one.
+template <int kBits>
+__device__ inline std::uint32_t key_params(float step, float mid, const KeyTop& top, Grid* grid,
+                                           float* stored_scale) {
+  constexpr float kMidError = 2.0f / static_cast<float>(max_code(kBits));
+  const float i_m = top.mid_unit.value == 0.0f
                         ? 0.0f
-                        : clamped(rintf(divide(mid, mid_unit)), -kMaxMidIndex, kMaxMidIndex);
-  const float stored = i_s * scale_unit.value;
-  grid->mid = i_m * mid_unit.value;
+                        : clamped(rintf(divide(mid, top.mid_unit)), -kMaxMidIndex, kMaxMidIndex);
+  grid->mid = i_m * top.mid_unit.value;
+  const float wanted = step + kMidError * fabsf(mid - grid->mid);
+  constexpr float kBounds[] = {key_scale_bound(kBits, 0), key_scale_bound(kBits, 1),
+                               key_scale_bound(kBits, 2)};
+  constexpr int kSteps[] = {key_scale_steps(0), key_scale_steps(1), key_scale_steps(2),
+                            key_scale_steps(3)};
+  std::uint32_t i_s = 0;
+  float stored = static_cast<float>(kSteps[0]) * top.scale_unit;
+#pragma unroll
+  for (int i = 0; i < kMaxScaleIndex; ++i) {
+    if (wanted <= kBounds[i] * top.scale_unit) continue;
+    i_s = static_cast<std::uint32_t>(i + 1);
+    stored = static_cast<float>(kSteps[i + 1]) * top.scale_unit;
+  }
   grid->inverse = stored == 0.0f ? 0.0f : reciprocal(stored);
   *stored_scale = stored;
-  return static_cast<std::uint32_t>(i_s) |
-         static_cast<std::uint32_t>(static_cast<std::int32_t>(i_m) + kMaxMidIndex) << 4;
+  return static_cast<std::uint32_t>(static_cast<std::int32_t>(i_m) + kMaxMidIndex) |
+         i_s << kScaleShift;
 }
 
 struct ValueParams {

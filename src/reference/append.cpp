@@ -1,6 +1,9 @@
 // SPDX-FileCopyrightText: 2026 The oscar-kv authors
 // SPDX-License-Identifier: Apache-2.0
 //
+#include <algorithm>
+#include <functional>
+
 #include "core/rows.hpp"
 #include "oscar/cache.hpp"
 #include "reference/pack.hpp"
@@ -40,8 +43,8 @@ void read_row(const AppendCall& call, const Span& span, Side side, int kv_head,
 void pack_tile(const AppendCall& call, const Span& span, int kv_head, std::int64_t index) {
   const Layout& layout = call.layout;
   const int head_dim = layout.head_dim;
-  const float* balance =
-      call.cache.balance == nullptr ? nullptr : call.cache.balance + kv_head * head_dim;
+  const float* balance = head_values(call.cache.balance, layout, kv_head);
+  const float* center = head_values(call.cache.center, layout, kv_head);
   Tile tile;
   float keys[kTileTokens * kMaxHeadDim];
   float value[kMaxHeadDim];
@@ -50,6 +53,7 @@ void pack_tile(const AppendCall& call, const Span& span, int kv_head, std::int64
     float* key = keys + t * head_dim;
     read_row(call, span, Side::kKey, kv_head, position, key);
     rotate_row(Row::kKey, head_dim, balance, key);
+    if (center != nullptr) std::transform(key, key + head_dim, center, key, std::minus<>());
     read_row(call, span, Side::kValue, kv_head, position, value);
     rotate_row(Row::kValue, head_dim, balance, value);
     quantize_value(layout.tile(), t, value, tile);

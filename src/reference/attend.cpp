@@ -83,6 +83,7 @@ void read_token(const AttendCall& call, const Query& query, Copy copy, std::int6
 
 void add_tokens(const AttendCall& call, const Query& query, int group, Head* heads) {
   const Layout& layout = call.layout;
+  const float* center = head_values(call.cache.center, layout, query.kv_head);
   Tile tile;
   std::int64_t unpacked = -1;
   for (std::int64_t position = query.first; position <= query.position; ++position) {
@@ -96,7 +97,7 @@ void add_tokens(const AttendCall& call, const Query& query, int group, Head* hea
                tile);
         unpacked = index;
       }
-      read_packed(layout.tile(), tile, static_cast<int>(position % kTileTokens), k, v);
+      read_packed(layout.tile(), tile, center, static_cast<int>(position % kTileTokens), k, v);
     } else {
       read_token(call, query, copy, position, k, v);
     }
@@ -138,9 +139,7 @@ void store_output(const AttendCall& call, const Query& query, int q_head, Head& 
 
 void attend_group(const AttendCall& call, const Query& query) {
   const int group = call.q.heads / call.layout.kv_heads;
-  const float* balance = call.cache.balance == nullptr
-                             ? nullptr
-                             : call.cache.balance + query.kv_head * call.layout.head_dim;
+  const float* balance = head_values(call.cache.balance, call.layout, query.kv_head);
   Head heads[kMaxGroup];
   for (int i = 0; i < group; ++i) {
     load_query(call, query, query.kv_head * group + i, balance, heads[i]);

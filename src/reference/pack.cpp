@@ -40,8 +40,8 @@ void pack(const TileLayout& layout, const Tile& tile, std::uint8_t* bytes) {
         static_cast<std::uint8_t>(tile.k_norms[t] | unit_bit(tile, p) << 7);
   }
   for (int c = 0; c < layout.head_dim; ++c) {
-    bytes[layout.k_params_offset() + c] =
-        static_cast<std::uint8_t>(tile.k_scales[c] | (tile.k_mids[c] + kMaxMidIndex) << 4);
+    bytes[layout.k_params_offset() + c] = static_cast<std::uint8_t>(
+        (tile.k_mids[c] + kMaxMidIndex) | tile.k_scales[c] << kScaleShift);
   }
 }
 
@@ -63,8 +63,8 @@ void unpack(const TileLayout& layout, const std::uint8_t* bytes, Tile& tile) {
   }
   for (int c = 0; c < layout.head_dim; ++c) {
     const int param = bytes[layout.k_params_offset() + c];
-    tile.k_scales[c] = static_cast<std::uint8_t>(param & 15);
-    tile.k_mids[c] = static_cast<std::int8_t>((param >> 4) - kMaxMidIndex);
+    tile.k_scales[c] = static_cast<std::uint8_t>(param >> kScaleShift);
+    tile.k_mids[c] = static_cast<std::int8_t>((param & ((1 << kScaleShift) - 1)) - kMaxMidIndex);
   }
   tile.k_max_scale = static_cast<std::uint16_t>(units & 0xffffu);
   tile.k_max_mid = static_cast<std::uint16_t>(units >> 16);

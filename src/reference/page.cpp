@@ -17,17 +17,19 @@ Copy copy_of(const Layout& layout, std::int64_t position, std::int64_t packed,
   return in_call ? Copy::kCall : Copy::kRing;
 }
 
-void read_packed(const TileLayout& layout, const Tile& tile, int token, double* k, double* v) {
+void read_packed(const TileLayout& layout, const Tile& tile, const float* center, int token,
+                 double* k, double* v) {
   const double k_middle = 0.5 * max_code(layout.format.k_bits);
   const double v_middle = 0.5 * max_code(layout.format.v_bits);
-  const double scale_unit = bf16_to_float(tile.k_max_scale) / double{kMaxScaleIndex};
+  const double scale_unit = bf16_to_float(tile.k_max_scale) / double{kMaxScaleSteps};
   const double mid_unit = bf16_to_float(tile.k_max_mid) / double{kMaxMidIndex};
   const double norm = stored_norm_of(tile.k_norms[token]);
   const double v_scale = value_scale_of(tile.v_scales[token]);
   const double v_mid = tile.v_mids[token] * double{kVMidUnit};
   for (int c = 0; c < layout.head_dim; ++c) {
-    k[c] = norm * (tile.k_mids[c] * mid_unit +
-                   tile.k_scales[c] * scale_unit * (tile.k_codes[token][c] - k_middle));
+    const double scale = key_scale_steps(tile.k_scales[c]) * scale_unit;
+    k[c] = norm * (tile.k_mids[c] * mid_unit + scale * (tile.k_codes[token][c] - k_middle));
+    if (center != nullptr) k[c] += center[c];
     v[c] = v_scale * (v_mid + tile.v_codes[token][c] - v_middle);
   }
 }
@@ -56,9 +58,9 @@ void dequantize(const Layout& layout, const CacheView& cache, int b, std::int64_
   unpack(layout.tile(), tile_address(layout, cache, b, kv_head, position / kTileTokens), tile);
   double key[kMaxHeadDim];
   double value[kMaxHeadDim];
-  read_packed(layout.tile(), tile, static_cast<int>(position % kTileTokens), key, value);
-  const float* balance =
-      cache.balance == nullptr ? nullptr : cache.balance + kv_head * layout.head_dim;
+  read_packed(layout.tile(), tile, head_values(cache.center, layout, kv_head),
+              static_cast<int>(position % kTileTokens), key, value);
+  const float* balance = head_values(cache.balance, layout, kv_head);
   unrotate_row(Row::kKey, layout.head_dim, balance, key);
   unrotate_row(Row::kValue, layout.head_dim, balance, value);
   for (int c = 0; c < layout.head_dim; ++c) {

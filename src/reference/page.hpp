@@ -18,8 +18,10 @@ enum class Copy { kPacked, kSink, kRing, kCall };
 // sequence are packed ones (packed_tiles), if `cached` tokens were there before the call.
 Copy copy_of(const Layout& layout, std::int64_t position, std::int64_t packed, std::int64_t cached);
 
-// k, v [head_dim] of a token (0..31) of an unpacked tile, in the rotated basis.
-void read_packed(const TileLayout& layout, const Tile& tile, int token, double* k, double* v);
+// k, v [head_dim] of a token (0..31) of an unpacked tile, in the rotated basis. center [head_dim]
+// of the tile's KV head, or null (= 0).
+void read_packed(const TileLayout& layout, const Tile& tile, const float* center, int token,
+                 double* k, double* v);
 
 // k, v [head_dim] of token `position` of sequence b, kSink or kRing, in the original basis.
 void read_exact(const Layout& layout, const CacheView& cache, int b, int kv_head, Copy copy,

@@ -48,6 +48,50 @@ void carry_error(const std::uint16_t* feedback, int head_dim, int c, float value
 
 float rounded_to_bf16(float x) { return bf16_to_float(float_to_bf16(x)); }
 
+// Largest scale and |mid| that a tile can hold, in bf16, and the units of its indices.
+struct KeyUnits {
+  float max_scale;
+  float max_mid;
+  float scale;
+  float mid;
+};
+
+// max_scale, max_mid: of the channels. Where a mid is rounded by half a unit the scale grows by
+// what encode_channel adds, and the unit must allow for that.
+KeyUnits key_units(int bits, float max_scale, float max_mid) {
+  KeyUnits units{};
+  units.max_mid = rounded_to_bf16(max_mid);
+  const float room = 1.0f / static_cast<float>(kMaxMidIndex * max_code(bits));
+  units.max_scale = rounded_to_bf16(max_scale + units.max_mid * room);
+  units.scale = units.max_scale / static_cast<float>(kMaxScaleSteps);
+  units.mid = units.max_mid / static_cast<float>(kMaxMidIndex);
+  return units;
+}
+
+// What a tile stores of a channel, and what a reader makes of it.
+struct KeyChannel {
+  int scale_index;
+  int mid_index;
+  float scale;
+  float mid;
+};
+
+// From the scale that the channel's range asks for, and its mid. The codes lie around the stored
+// mid: to reach as far from the true one the scale is larger by 2 / N of the distance.
+KeyChannel encode_channel(int bits, const KeyUnits& units, float scale, float mid) {
+  KeyChannel channel{};
+  channel.mid_index =
+      units.mid == 0.0f ? 0 : rint_clamped(mid / units.mid, -kMaxMidIndex, kMaxMidIndex);
+  channel.mid = static_cast<float>(channel.mid_index) * units.mid;
+  const float wanted =
+      scale + 2.0f / static_cast<float>(max_code(bits)) * std::abs(mid - channel.mid);
+  for (int i = 0; i < kMaxScaleIndex; ++i) {
+    channel.scale_index += wanted > key_scale_bound(bits, i) * units.scale ? 1 : 0;
+  }
+  channel.scale = static_cast<float>(key_scale_steps(channel.scale_index)) * units.scale;
+  return channel;
+}
+
 // Rows become y / norm; returns 2^norm_octave, by which the stored norms are too small.
 float divide_by_norms(int head_dim, float* y, Tile& tile) {
   std::uint8_t indices[kTileTokens];
@@ -83,23 +127,17 @@ void quantize_keys(const TileLayout& layout, float* y, Tile& tile, const std::ui
     max_scale = std::max(max_scale, scales[c]);
     max_mid = std::max(max_mid, std::abs(mids[c]));
   }
-  max_scale = rounded_to_bf16(max_scale);
-  max_mid = rounded_to_bf16(max_mid);
-  tile.k_max_scale = float_to_bf16(max_scale * tile_norm);
-  tile.k_max_mid = float_to_bf16(max_mid * tile_norm);
-  const float scale_unit = max_scale / static_cast<float>(kMaxScaleIndex);
-  const float mid_unit = max_mid / static_cast<float>(kMaxMidIndex);
+  const KeyUnits units = key_units(bits, max_scale, max_mid);
+  tile.k_max_scale = float_to_bf16(units.max_scale * tile_norm);
+  tile.k_max_mid = float_to_bf16(units.max_mid * tile_norm);
 
   for (int c = 0; c < head_dim; ++c) {
-    const int scale_index =
-        scale_unit == 0.0f ? 1 : rint_clamped(scales[c] / scale_unit, 1, kMaxScaleIndex);
-    const int mid_index =
-        mid_unit == 0.0f ? 0 : rint_clamped(mids[c] / mid_unit, -kMaxMidIndex, kMaxMidIndex);
-    tile.k_scales[c] = static_cast<std::uint8_t>(scale_index);
-    tile.k_mids[c] = static_cast<std::int8_t>(mid_index);
+    const KeyChannel channel = encode_channel(bits, units, scales[c], mids[c]);
+    tile.k_scales[c] = static_cast<std::uint8_t>(channel.scale_index);
+    tile.k_mids[c] = static_cast<std::int8_t>(channel.mid_index);
     // The codes follow the stored parameters, not the ones they were rounded from.
-    const float scale = static_cast<float>(scale_index) * scale_unit;
-    const float mid = static_cast<float>(mid_index) * mid_unit;
+    const float scale = channel.scale;
+    const float mid = channel.mid;
     const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
     for (int t = 0; t < kTileTokens; ++t) {
       float* row = y + t * head_dim;

@@ -167,8 +167,8 @@ void decode_token(const CacheFixture& fixture, int b, int kv_head, std::int64_t 
   const std::uint8_t* k_norms = v_mids + 32;
   std::uint8_t units[4] = {};
   for (int i = 0; i < 32; ++i) units[i / 8] += (k_norms[i] / 128) << i % 8;
-  const double scale_unit = bf16_at(units) / 15;
-  const double mid_unit = bf16_at(units + 2) / 7;
+  const double scale_unit = bf16_at(units) / 6;
+  const double mid_unit = bf16_at(units + 2) / 31;
   const auto t = static_cast<int>(position % 32);
   const int p = 4 * (t % 8) + t / 8;
   const double norm = k_norms[p] % 128 == 0 ? 0.0 : std::exp2(k_norms[p] % 128 / 8.0 - 16);
@@ -179,8 +179,10 @@ void decode_token(const CacheFixture& fixture, int b, int kv_head, std::int64_t 
   for (int c = 0; c < head_dim; ++c) {
     const double k_step = k_code(k_codes, k_bits, p, c) - ((1 << k_bits) - 1) / 2.0;
     const double v_step = v_code(v_codes, v_bits, head_dim, p, c) - ((1 << v_bits) - 1) / 2.0;
-    const int mid_index = k_params[c] / 16 - 7;
-    k[c] = norm * (mid_unit * mid_index + scale_unit * (k_params[c] % 16) * k_step);
+    const int mid_index = k_params[c] % 64 - 31;
+    constexpr double kScaleSteps[] = {2, 3, 4, 6};
+    k[c] = norm * (mid_unit * mid_index + scale_unit * kScaleSteps[k_params[c] / 64] * k_step);
+    if (!fixture.center.empty()) k[c] += fixture.center[kv_head * head_dim + c];
     v[c] = v_scale * (v_mid + v_step);
   }
   unrotate(k);

@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "core/rows.hpp"
+#include "reference/rotate.hpp"
 
 namespace oscar::testing {
 namespace {
@@ -29,9 +30,19 @@ std::int64_t pages_for(const CacheSetup& setup) {
   return std::max(1, (longest + setup.layout.page_tokens - 1) / setup.layout.page_tokens);
 }
 
-// Normal numbers with what real K and V have: an offset a channel and a norm a token.
+std::vector<float> normal_row(const Layout& layout, float size, std::uint32_t seed) {
+  if (size == 0.0f) return {};
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0.0f, size);
+  std::vector<float> row(static_cast<std::size_t>(layout.kv_heads * layout.head_dim));
+  for (float& x : row) x = normal(random);
+  return row;
+}
+
+// Normal numbers with what real K and V have: an offset a channel and a norm a token; all tokens
+// share `constant`, if it is not empty.
 std::vector<float> random_tokens(const CacheSetup& setup, int tokens, float offset,
-                                 std::mt19937& random) {
+                                 const std::vector<float>& constant, std::mt19937& random) {
   const int row = setup.layout.kv_heads * setup.layout.head_dim;
   std::normal_distribution<float> normal;
   std::vector<float> offsets(static_cast<std::size_t>(row));
@@ -40,8 +51,9 @@ std::vector<float> random_tokens(const CacheSetup& setup, int tokens, float offs
   values.reserve(static_cast<std::size_t>(tokens) * offsets.size());
   for (int t = 0; t < tokens; ++t) {
     const float norm = std::exp(0.3f * normal(random));
-    for (const float x : offsets) {
-      values.push_back(rounded(norm * (x + normal(random)), setup.dtype));
+    for (std::size_t c = 0; c < offsets.size(); ++c) {
+      const float x = norm * (offsets[c] + normal(random));
+      values.push_back(rounded(constant.empty() ? x : x + constant[c], setup.dtype));
     }
   }
   return values;
@@ -144,9 +156,12 @@ CacheFixture::CacheFixture(const CacheSetup& given)
     feedback.resize(static_cast<std::size_t>(layout.kv_heads * layout.head_dim * layout.head_dim));
     for (std::uint16_t& x : feedback) x = float_to_fp16(weight(random));
   }
+  // From seeds of their own: K and V stay those without.
+  constant = normal_row(layout, given.constant, given.seed + 1);
+  center = normal_row(layout, given.center, given.seed + 2);
   for (const int tokens : given.capacity) {
-    keys_.push_back(random_tokens(given, tokens, 1.0f, random));
-    values_.push_back(random_tokens(given, tokens, 0.3f, random));
+    keys_.push_back(random_tokens(given, tokens, 1.0f, constant, random));
+    values_.push_back(random_tokens(given, tokens, 0.3f, {}, random));
   }
 }
 
@@ -162,6 +177,7 @@ CacheView CacheFixture::view() {
           .seq_len = seq_len.data(),
           .exact_from = exact_from.data(),
           .balance = balance.empty() ? nullptr : balance.data(),
+          .center = center.empty() ? nullptr : center.data(),
           .feedback = feedback.empty() ? nullptr : feedback.data()};
 }
 
@@ -206,6 +222,15 @@ void CacheFixture::forget(int b, int from) {
                     bytes);
       }
     }
+  }
+}
+
+void CacheFixture::center_constant() {
+  center = constant;
+  for (int head = 0; head < layout.kv_heads; ++head) {
+    reference::rotate_row(reference::Row::kKey, layout.head_dim,
+                          head_values(view().balance, layout, head),
+                          center.data() + head * layout.head_dim);
   }
 }
 

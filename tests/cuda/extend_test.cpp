@@ -52,6 +52,31 @@ TEST_P(CudaExtendHeadDim, EveryFormatAndDType) {
 INSTANTIATE_TEST_SUITE_P(Multiples, CudaExtendHeadDim,
                          ::testing::Range(kMinHeadDim, kMaxHeadDim + 1, kHeadDimStep));
 
+TEST_F(CudaExtend, Centers) {
+  int i = 0;
+  for (const Format format : kFormats) {
+    for (const int head_dim : {32, 64, 80, 128, 192, 256}) {
+      ++i;
+      AttendShape shape =
+          attend_shape(format, head_dim, 2, 1 << i % 4, i % 2 == 0 ? DType::kF16 : DType::kBF16);
+      shape.history = {330, 77, 0};
+      shape.counts = {40, 20, 70};
+      shape.options.strict = i % 3 == 0;
+      for (const AttendShape& with : with_constants(shape)) check_attend(with);
+    }
+  }
+}
+
+TEST_F(CudaExtend, ZeroCenterIsNone) {
+  for (const int head_dim : {64, 80, 128, 256}) {
+    for (const float softcap : {0.0f, 30.0f}) {
+      AttendShape shape = extend_shape(head_dim, 4, {700, 33}, {20, 11});
+      shape.options.softcap = softcap;
+      check_zero_center(shape);
+    }
+  }
+}
+
 TEST_F(CudaExtend, EveryGroupSize) {
   for (int group = 1; group <= 16; ++group) {
     check_attend(extend_shape(64, group, {150, 33}, {11, 9}));

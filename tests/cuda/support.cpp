@@ -39,6 +39,19 @@ std::size_t row_bytes(const ConstRows& rows) {
   return size_of(rows.dtype) * static_cast<std::size_t>(rows.tokens * rows.token_stride);
 }
 
+void compare_codes(const std::uint8_t* a, const std::uint8_t* b, int bytes, int bits,
+                   Difference& result) {
+  for (int i = 0; i < bytes; ++i) {
+    for (int shift = 0; shift < 8; shift += bits) {
+      const int apart =
+          std::abs((a[i] >> shift & max_code(bits)) - (b[i] >> shift & max_code(bits)));
+      result.codes += apart > 0 ? 1 : 0;
+      result.far_codes += apart > 1 ? 1 : 0;
+      ++result.all_codes;
+    }
+  }
+}
+
 }  // namespace
 
 DeviceMemory::DeviceMemory(std::size_t bytes) : size_(bytes) {
@@ -85,6 +98,7 @@ DeviceCache::DeviceCache(const CacheFixture& fixture)
       seq_len_(to_device(fixture.seq_len)),
       exact_from_(to_device(fixture.exact_from)),
       balance_(to_device(fixture.balance)),
+      center_(to_device(fixture.center)),
       feedback_(to_device(fixture.feedback)),
       view_{.pages = static_cast<std::uint8_t*>(pages_.data()),
             .num_pages = fixture.num_pages,
@@ -96,6 +110,7 @@ DeviceCache::DeviceCache(const CacheFixture& fixture)
             .seq_len = static_cast<const std::int32_t*>(seq_len_.data()),
             .exact_from = static_cast<const std::int32_t*>(exact_from_.data()),
             .balance = static_cast<const float*>(balance_.data()),
+            .center = static_cast<const float*>(center_.data()),
             .feedback = static_cast<const std::uint16_t*>(feedback_.data())} {}
 
 void DeviceCache::refresh(const CacheFixture& fixture) {
@@ -118,6 +133,21 @@ Memory DeviceCache::exact() const {
 void check_device() {
   check(cudaGetLastError(), "launch");
   check(cudaDeviceSynchronize(), "kernel");
+}
+
+Difference compare(const CacheFixture& a, const CacheFixture& b) {
+  Difference result;
+  const TileLayout tile = a.layout.tile();
+  const std::size_t bytes = static_cast<std::size_t>(tile.tile_bytes());
+  for (std::size_t at = 0; at < a.pages.size(); at += bytes) {
+    const std::uint8_t* x = a.pages.data() + at;
+    const std::uint8_t* y = b.pages.data() + at;
+    for (std::size_t i = 0; i < bytes; ++i) result.bytes += x[i] != y[i] ? 1 : 0;
+    compare_codes(x, y, tile.k_code_bytes(), tile.format.k_bits, result);
+    compare_codes(x + tile.v_codes_offset(), y + tile.v_codes_offset(), tile.v_code_bytes(),
+                  tile.format.v_bits, result);
+  }
+  return result;
 }
 
 Result run_attend_cuda(const CacheFixture& fixture, const Call& call, const Rows& q,
@@ -167,7 +197,8 @@ std::string AttendShape::text() const {
     << layout.kv_heads << " page " << layout.page_tokens << " window " << layout.window << " sinks "
     << layout.sinks << " exact " << name_of(layout.exact_dtype) << " k " << name_of(setup.dtype)
     << " q " << name_of(q_dtype) << " out " << name_of(out_dtype) << " gap " << setup.gap
-    << " balance " << setup.balance << " softcap " << options.softcap << " sliding "
+    << " balance " << setup.balance << " constant " << setup.constant << " center " << setup.center
+    << (center_constant ? " is the constant" : "") << " softcap " << options.softcap << " sliding "
     << options.sliding_window << " strict " << options.strict << " logits " << !sink_logits.empty()
     << " spread " << spread << " seed " << setup.seed;
   for (std::size_t b = 0; b < history.size(); ++b) {
@@ -226,6 +257,11 @@ AttendShape random_attend_shape(std::uint32_t seed, int longest, int max_history
     for (int h = 0; h < shape.q_heads; ++h) shape.sink_logits.push_back(normal(random));
   }
   shape.spread = pick(random, {0.1f, 1.0f, 1.0f});
+  if (random() % 3 == 0) shape.setup.center = 1.0f;
+  if (random() % 4 == 0) {
+    shape.setup.constant = 8.0f;
+    shape.center_constant = random() % 2 == 0;
+  }
   return shape;
 }
 
@@ -254,6 +290,48 @@ bool same_bits(const Result& a, const Result& b, int head_dim) {
          std::memcmp(a.lse.data(), b.lse.data(), a.lse.size() * sizeof(float)) == 0;
 }
 
+// The constant part of packed keys meets a query in fp16: the score is off by some 2^-12 of it, the
+// same for all of them, which moves weight to or from the exact ones. In the center it is exact,
+// and so it is in exact tokens of 16 bits.
+double constant_tolerance(const AttendShape& shape) {
+  const CacheSetup& setup = shape.setup;
+  const bool any_f32 = shape.q_dtype == DType::kF32 || setup.dtype == DType::kF32 ||
+                       setup.layout.exact_dtype == DType::kF32;
+  const double in_fp16 = setup.center + (shape.center_constant && !any_f32 ? 0 : setup.constant);
+  return (setup.balance ? 6e-3 : 2e-3) * in_fp16 * shape.spread;
+}
+
+std::vector<AttendShape> with_constants(const AttendShape& shape) {
+  std::vector<AttendShape> shapes(5, shape);
+  shapes[0].setup.center = 1.0f;
+  for (const int i : {1, 2, 3}) {
+    shapes[i].setup.constant = i == 1 ? 400.0f : 50.0f;
+    shapes[i].center_constant = true;
+  }
+  shapes[3].options.softcap = 20.0f;
+  shapes[3].spread = 0.3f;
+  shapes[4].setup.constant = 400.0f;
+  shapes[4].spread = 0.05f;
+  return shapes;
+}
+
+void check_zero_center(const AttendShape& shape) {
+  SCOPED_TRACE(shape.text());
+  CacheSetup setup = shape.setup;
+  for (std::size_t b = 0; b < shape.history.size(); ++b) {
+    setup.capacity.push_back(shape.history[b] + shape.counts[b]);
+  }
+  CacheFixture fixture(setup);
+  fixture.grow(shape.history);
+  const Call call = fixture.next(shape.counts);
+  const Rows q = random_queries(fixture, call.tokens(), shape.q_heads, shape.q_dtype, 3);
+  const Result none = run_attend_cuda(fixture, call, q, shape.options, shape.out_dtype);
+  fixture.center.assign(static_cast<std::size_t>(setup.layout.kv_heads * setup.layout.head_dim),
+                        0.0f);
+  const Result zero = run_attend_cuda(fixture, call, q, shape.options, shape.out_dtype);
+  EXPECT_TRUE(same_bits(zero, none, setup.layout.head_dim));
+}
+
 void check_attend(AttendShape shape) {
   SCOPED_TRACE(shape.text());
   shape.setup.capacity.clear();
@@ -262,6 +340,7 @@ void check_attend(AttendShape shape) {
   }
   shape.options.sink_logits = shape.sink_logits.empty() ? nullptr : shape.sink_logits.data();
   CacheFixture fixture(shape.setup);
+  if (shape.center_constant) fixture.center_constant();
   fixture.grow(shape.history);
   for (std::size_t b = 0; b < shape.lost.size(); ++b) {
     fixture.forget(static_cast<int>(b), shape.lost[b]);
@@ -280,9 +359,10 @@ void check_attend(AttendShape shape) {
   const double lse = lse_error(result.lse, expected);
   ::testing::Test::RecordProperty("output_error", std::to_string(error));
   ::testing::Test::RecordProperty("lse_error", std::to_string(lse));
-  EXPECT_LE(error, cuda_output_tolerance(shape));
+  EXPECT_LE(error, cuda_output_tolerance(shape) + constant_tolerance(shape));
   // Scores are off by what the operands are, times |Q| |K|, which balance makes larger.
-  EXPECT_LE(lse, (shape.setup.balance ? 3e-2 : 1e-2) * std::max(1.0f, shape.spread));
+  EXPECT_LE(lse, (shape.setup.balance ? 3e-2 : 1e-2) * std::max(1.0f, shape.spread) +
+                     constant_tolerance(shape));
   EXPECT_TRUE(result.out.gaps_untouched());
   const Result planned =
       run_attend_cuda(fixture, call, q, shape.options, shape.out_dtype, shape.max_query_len, true);

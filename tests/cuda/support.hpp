@@ -69,9 +69,20 @@ class DeviceCache {
   [[nodiscard]] Memory exact() const;
 
  private:
-  DeviceMemory pages_, exact_, block_table_, slot_, seq_len_, exact_from_, balance_, feedback_;
+  DeviceMemory pages_, exact_, block_table_, slot_, seq_len_, exact_from_, balance_, center_,
+      feedback_;
   CacheView view_;
 };
+
+// Differences of two page memories: all bytes, and the codes among them by how far they are apart.
+struct Difference {
+  std::int64_t bytes = 0;
+  std::int64_t codes = 0;
+  std::int64_t far_codes = 0;
+  std::int64_t all_codes = 0;
+};
+
+Difference compare(const CacheFixture& a, const CacheFixture& b);
 
 // Waits for the device and throws the first error of any call before.
 void check_device();
@@ -96,7 +107,8 @@ struct AttendShape {
   std::vector<float> sink_logits;
   DType q_dtype = DType::kF16;
   DType out_dtype = DType::kF16;
-  float spread = 1.0f;  // of q: 1 gives scores of the size 1
+  float spread = 1.0f;           // of q: 1 gives scores of the size 1
+  bool center_constant = false;  // the center is the constant of the keys
   int max_query_len = 0;
 
   [[nodiscard]] std::string text() const;
@@ -106,8 +118,8 @@ struct AttendShape {
 AttendShape attend_shape(Format format, int head_dim, int kv_heads, int group, DType dtype);
 
 // Random format, head_dim, GQA 1..16, page size, window, sinks, sliding window, soft cap, sink
-// logits, balance, strict, exact_from and dtype. counts are 0..longest, at least one of them
-// `longest`; histories 0..max_history, many next to a multiple of 32 or of a page.
+// logits, balance, center, constant, strict, exact_from and dtype. counts are 0..longest, at least
+// one of them `longest`; histories 0..max_history, many next to a multiple of 32 or of a page.
 AttendShape random_attend_shape(std::uint32_t seed, int longest, int max_history);
 
 // Builds the cache, runs CUDA on NaN-poisoned outputs and compares with dense float64 attention on
@@ -115,8 +127,17 @@ AttendShape random_attend_shape(std::uint32_t seed, int longest, int max_history
 // the same bits.
 void check_attend(AttendShape shape);
 
-// Relative error of the output that check_attend accepts.
+// The shape with a center, and with keys whose constant part is many times the rest: all of it in
+// the center, with a soft cap, and in the tiles.
+std::vector<AttendShape> with_constants(const AttendShape& shape);
+
+// A center of zeros must give the bits of none.
+void check_zero_center(const AttendShape& shape);
+
+// Relative error of the output that check_attend accepts, and what it adds, to that of the
+// log-sum-exp, too, for what tiles hold of constant keys.
 double cuda_output_tolerance(const AttendShape& shape);
+double constant_tolerance(const AttendShape& shape);
 
 // Every test of a suite derived from it is skipped where there is no usable GPU.
 class CudaTest : public ::testing::Test {

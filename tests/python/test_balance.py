@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import backend, enabled, generate, left_padded, prompt, tiny
 from oscar_kv import Balance, OscarCache, calibrate
-from oscar_kv import balance as statistics
+from oscar_kv import calibration as statistics
 from safetensors.torch import save_file
 
 
@@ -92,6 +92,7 @@ def test_round_trip(llama: Any, measured: Balance, tmp_path: Path) -> None:
     for layer, value in measured.factors.items():
         assert value.shape == (2, 64)
         assert torch.equal(loaded.factors[layer], value)
+        assert torch.equal(loaded.feedback[layer], measured.feedback[layer])
     for given in (file, str(file), loaded):
         with enabled(llama, balance=given):
             cache = generate(llama, prompt(60), new=2).past_key_values
@@ -109,7 +110,7 @@ def test_truncated_file(measured: Balance, tmp_path: Path, length: int) -> None:
 
 def test_damaged_files(measured: Balance, tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
-    good = {"format": "oscar-kv-balance", "version": "1", "model_type": "m", "shape": "[2, 2, 64]"}
+    good = {"format": "oscar-kv-balance", "version": "2", "model_type": "m", "shape": "[2, 2, 64]"}
     factors = {"layer.0": torch.ones(2, 64)}
 
     def message(tensors: dict[str, torch.Tensor], **metadata: str) -> str:
@@ -119,14 +120,24 @@ def test_damaged_files(measured: Balance, tmp_path: Path) -> None:
         return str(error.value)
 
     assert "format is 'other'" in message(factors, format="other")
-    assert "version is '2', this release reads '1'" in message(factors, version="2")
+    assert "version is '1', this release reads '2'" in message(factors, version="1")
     assert "damaged balance metadata" in message(factors, shape="[1]")
     assert "damaged balance metadata" in message({"layers": torch.ones(2, 64)})
     assert "layer 5 is not in 0..1" in message({"layer.5": torch.ones(2, 64)})
-    assert "positive and finite" in message({"layer.0": torch.zeros(2, 64)})
-    assert "positive and finite" in message({"layer.0": torch.full((2, 64), torch.nan)})
-    assert "expected float32" in message({"layer.0": torch.ones(2, 64, dtype=torch.float16)})
-    assert "[kv_heads, head_dim] = [2, 64]" in message({"layer.0": torch.ones(1, 64)})
+    for wrong in (0.0, torch.nan, 65.0, 1e-40, 1e30):
+        text = message({"layer.0": torch.full((2, 64), wrong)})
+        assert "layer 0 has a value of" in text and "from 1/64 to 64" in text
+    half = torch.ones(2, 64, dtype=torch.float16)
+    assert "expected torch.float32 [2, 64], found torch.float16" in message({"layer.0": half})
+    assert "expected torch.float32 [2, 64]" in message({"layer.0": torch.ones(1, 64)})
+    for wrong in (torch.inf, torch.nan, 65505.0, -1e9):
+        text = message(factors | {"center.0": torch.full((2, 64), wrong)})
+        assert "center 0 has a value of" in text and "at most 65504 in magnitude" in text
+    assert "center 0: expected torch.float32 [2, 64]" in message(factors | {"center.0": half})
+    assert "center 1 belongs to no layer" in message(factors | {"center.1": torch.ones(2, 64)})
+    square = torch.zeros(2, 64, 64, dtype=torch.float16)
+    assert "feedback 0 has a value of nan" in message(factors | {"feedback.0": square + torch.nan})
+    assert "feedback 1 belongs to no layer" in message(factors | {"feedback.1": square})
     save_file(factors, file)
     with pytest.raises(ValueError, match="format is None"):
         Balance.load(file)
@@ -149,16 +160,28 @@ def test_balance_of_another_model(
         OscarCache(config, balance=measured)
 
 
-def test_auto_measures_once_and_enable_keeps_it(llama: Any) -> None:
+def test_every_call_measures_its_own_prompt(llama: Any) -> None:
     with enabled(llama):
         first = generate(llama, prompt(64), new=2).past_key_values
-        kept = {layer: value.clone() for layer, value in first.balances.items()}
-        assert kept.keys() == {0, 1}
+        assert first.balances.keys() == {0, 1}
         second = generate(llama, prompt(90, seed=8), new=2).past_key_values
-        assert torch.equal(second.layers[1].paged.balance, kept[1])
+        assert not torch.equal(second.balances[1], first.balances[1])
     with enabled(llama):
         fresh = generate(llama, prompt(90, seed=8), new=2).past_key_values
-        assert not torch.equal(fresh.layers[1].paged.balance, kept[1])
+    for layer in (0, 1):
+        assert torch.equal(fresh.balances[layer], second.balances[layer])
+
+
+def test_reset_forgets_what_was_measured(llama: Any, measured: Balance) -> None:
+    for given, stays in ((None, False), (measured, True)):
+        cache = OscarCache(llama.config, balance=given or "auto")
+        with enabled(llama), torch.no_grad():
+            llama(prompt(64, seed=5), past_key_values=cache)
+            old = cache.balances[1]
+            for layer in cache.layers:
+                layer.reset()
+            llama(prompt(64, seed=6), past_key_values=cache)
+        assert torch.equal(cache.balances[1], old) == stays
 
 
 def test_auto_waits_for_the_first_tile(llama: Any) -> None:

@@ -158,11 +158,12 @@ def test_balance_cannot_change_under_packed_tokens():
         cache.balance = None
 
 
-def test_exact_keys_are_the_newest():
+def test_exact_rows_are_the_newest():
     k, v = rows(150), rows(150)
     cache = make()
     cache.append(k, v)
-    assert torch.equal(cache.exact_keys(0), k[150 - cache.ring_tokens :])
+    assert torch.equal(cache.exact_rows(0, 0), k[150 - cache.ring_tokens :])
+    assert torch.equal(cache.exact_rows(0, 1), v[150 - cache.ring_tokens :])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_exact_keys_are_the_newest():
         ({"page_tokens": 100}, ValueError, "page_tokens is 100"),
         ({"device": "meta"}, ValueError, "device is meta"),
         ({"balance": torch.ones(3, 3)}, ValueError, "balance has shape"),
-        ({"balance": torch.zeros(KV_HEADS, HEAD_DIM)}, ValueError, "balance has values"),
+        ({"balance": torch.zeros(KV_HEADS, HEAD_DIM)}, ValueError, "balance has a value of 0.0"),
     ],
 )
 def test_constructor_refuses(options, error, message):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oscar_kv import PagedCache, _core
+from oscar_kv.calibration import Calibration
 from oscar_kv.eval.codec import (
     Codec,
     LayerCodes,
@@ -119,25 +120,29 @@ def test_hadamard_of_odd_sizes_is_its_own_inverse() -> None:
 
 @pytest.mark.parametrize("format", ["k2v2", "k4v2", "k4v4"])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_twin_reads_as_the_packed_kernels(format: str, head_dim: int) -> None:
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_twin_reads_as_the_packed_kernels(format: str, head_dim: int, offset: float) -> None:
     layer = layer_input(head_dim=head_dim)
+    layer.k[0, :, :3] += offset  # the first head gets a center then
     twin = make_format(f"{format}-twin")
     assert isinstance(twin, Twin)
-    balance, weights = twin.measure(layer)
+    balance, weights, center = twin.measure(layer)
     assert float(balance.std()) > 0.1
+    assert center.any(-1).tolist() == [offset > 0, False]
+    calibration = Calibration(balance, center, weights)
     cache = PagedCache(
-        1, 2, head_dim, torch.float32, format=format, window=0, sinks=0, balance=balance
+        1, 2, head_dim, torch.float32, format=format, window=0, sinks=0, calibration=calibration
     )
-    cache.feedback = weights
     cache.append(layer.k.transpose(0, 1), layer.v.transpose(0, 1))
     codes = twin.encode(layer)
-    for found, packed, exact in zip(
-        (codes.k, codes.v), cache.dequantize(), (layer.k, layer.v), strict=True
-    ):
-        # A value on the edge of a step may fall on either side; the error is then a whole step.
-        wrong = (found - packed[0]).abs() > 1e-3 * exact.abs().max()
-        assert float(wrong.float().mean()) < 1e-4
-        assert float((found - exact).norm() / exact.norm()) > 0.01
+    coded = (layer.k - center[:, None], layer.v)
+    sides = zip((codes.k, codes.v), cache.dequantize(), (layer.k, layer.v), coded, strict=True)
+    for found, packed, exact, rest in sides:
+        # A value on the edge of a step may fall on either side; the error is then a whole step, and
+        # the feedback carries it on.
+        wrong = (found - packed[0]).abs() > 1e-3 * rest.abs().max()
+        assert float(wrong.float().mean()) < 3e-4
+        assert 0.01 < float((found - exact).norm() / rest.norm()) < 0.7
     k_bits, v_bits = twin.bits(head_dim, 2)
     assert (k_bits + v_bits) * 32 * head_dim == pytest.approx(
         8 * _core.tile_bytes(head_dim, format)
@@ -149,9 +154,9 @@ def test_decoding_through_the_twin_is_decoding_through_the_kernels(format: str) 
     layer = layer_input()
     twin = make_format(f"{format}-twin")
     assert isinstance(twin, Twin)
-    balance, weights = twin.measure(layer)
-    cache = PagedCache(1, 2, 64, torch.float32, format=format, balance=balance)
-    cache.feedback = weights
+    balance, weights, center = twin.measure(layer)
+    calibration = Calibration(balance, center, weights)
+    cache = PagedCache(1, 2, 64, torch.float32, format=format, calibration=calibration)
     q, k, v = (x.transpose(0, 1).contiguous() for x in (layer.q, layer.k, layer.v))
     cache.append(k[:96], v[:96])
     real, _ = cache.attend(q[96:], k[96:], v[96:], scale=0.125, strict=True)
@@ -163,8 +168,9 @@ def test_decoding_through_the_twin_is_decoding_through_the_kernels(format: str) 
 
 @pytest.mark.parametrize(
     "change",
-    ["k_bits=3", "k_share=0.7", "v_share=0.6", "group=16", "k_params=16", "v_group=32",
-     "norm=layer", "norm=none", "norm_steps=1", "norm_steps=0", "norm_blocks=2", "balance=none",
+    ["k_bits=3", "k_share=0.7", "v_share=0.6", "group=16", "scale=linear", "scale=fp16",
+     "mid_bits=4", "mid_bits=16", "reach=0", "v_group=32", "center_ratio=0.1", "norm=layer",
+     "norm=none", "norm_steps=1", "norm_steps=0", "norm_blocks=2", "balance=none",
      "balance_tokens=32", "rotate=0", "feedback=none", "rounding=norm", "rounding=mean"],
 )  # fmt: skip
 def test_every_parameter_of_the_twin_does_something(change: str) -> None:
@@ -178,7 +184,15 @@ def test_every_parameter_of_the_twin_does_something(change: str) -> None:
 
 
 def test_the_twin_refuses_what_it_cannot_do() -> None:
-    for change in ("norm=x", "rounding=x", "group=5", "k_bits=0", "v_bits=9"):
+    for change in (
+        "norm=x",
+        "rounding=x",
+        "scale=x",
+        "center=x",
+        "group=5",
+        "k_bits=0",
+        "v_bits=9",
+    ):
         name = change.partition("=")[0]
         with pytest.raises(ValueError, match=name):
             make_format(f"twin:{change}")

@@ -302,7 +302,7 @@ def test_command(run: Any, tmp_path: Path) -> None:
                  "--html", page)  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "stress 6.0" in result.output and "top-1" in result.output
-    found = {row["format"]: row for row in json.loads(rows.read_text())}
+    found = {row["format"]: row for row in json.loads(rows.read_text())["rows"]}
     assert list(found) == ["k2v2", "int8", "kivi:g=32,r=64", "int8:eq=1", "kivi:g=32,r=64,eq=1"]
     for row in found.values():
         assert {"format", "bits", "kl", "kl_stderr", "dnll", "top1"} <= set(row)
@@ -315,37 +315,14 @@ def test_command(run: Any, tmp_path: Path) -> None:
         assert name in html
 
 
-def test_table_of_kept_results(tmp_path: Path) -> None:
-    def row(name: str, bits: float, kl: float, real: bool) -> dict[str, Any]:
-        return {"format": name, "label": name.upper(), "bits": bits + 1, "packed_bits": bits,
-                "kl": kl, "kl_stderr": None, "dnll": 0.5, "top1": 0.75,
-                "packed_kernels": real}  # fmt: skip
-
-    first, second, broken = (tmp_path / name for name in ("a.json", "b.json", "c.json"))
-    first.write_text(json.dumps([row("a", 3, 0.2, False), row("b", 2, 0.1, False)]))
-    second.write_text(json.dumps([row("b", 2, 0.3, True), row("c", 2, 0.2, False)]))
-    broken.write_text('[{"format": "a"}]')
-    result = CliRunner().invoke(app, ["eval", "table", str(first), str(second)])
-    assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines() == [
-        "| format | setting | packed bits | bits | KL | dNLL | top-1 |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        "| `c` | C | 2.000 | 3.000 | 0.2000 | +0.5000 | 0.750 |",
-        "| **`b`** | B | 2.000 | 3.000 | 0.3000 | +0.5000 | 0.750 |",
-        "| `a` | A | 3.000 | 4.000 | 0.2000 | +0.5000 | 0.750 |",
-    ]
-    for file in (broken, tmp_path / "none.json"):
-        result = CliRunner().invoke(app, ["eval", "table", str(file)])
-        assert result.exit_code == 2 and file.name in result.output
-
-
 def test_command_options(run: Any, tmp_path: Path) -> None:
     lists = {}
     for options in (("--from-start", 64), ("--prompt-fraction", 0.75)):
         result = run("--formats", "int4", "--tokens", 200, "--documents", 2, "--half", "tuning",
-                     "--json", "-", *options)  # fmt: skip
+                     "--json", "-", "--html", tmp_path / "a.html", *options)  # fmt: skip
         assert result.exit_code == 0, result.output
-        (lists[options[0]],) = json.loads(result.stdout)
+        assert (tmp_path / "a.html").read_text().count("<svg") == 2
+        (lists[options[0]],) = json.loads(result.stdout)["rows"]
     assert list(lists["--from-start"]["documents"]) == ["docs/python-reference", "code/argparse"]
     assert lists["--from-start"]["kl"] != lists["--prompt-fraction"]["kl"]
     for arguments, word in (

@@ -18,6 +18,7 @@ from oscar_kv.eval.codec import Codec, LayerCodes, LayerInput, sliding_packed
 from oscar_kv.eval.formats import make_format
 from oscar_kv.eval.kl import Document, evaluate
 from oscar_kv.eval.modality import ModalityStress, key_factors, make_spans
+from oscar_kv.eval.twin import Twin
 from test_eval_kl import Letters, document
 from typer.testing import CliRunner
 
@@ -71,6 +72,16 @@ def test_a_format_sees_scaled_keys_and_its_reader_does_not() -> None:
         ModalityStress(inner, 0)
 
 
+@pytest.mark.parametrize("balance", ["auto", "none", "file"])
+def test_a_packed_format_is_taken_through_the_same_twin(balance: str) -> None:
+    twin = ModalityStress(make_format(f"k4v2:balance={balance},window=64"), 4.0).inner
+    assert isinstance(twin, Twin)
+    measured = "none" if balance == "none" else "prompt"
+    assert (twin.center, twin.feedback) == (measured, measured)
+    assert twin.balance == ("prompt" if balance == "auto" else balance)
+    assert (twin.k_bits, twin.v_bits, twin.window, twin.sinks) == (4, 2, 64, 4)
+
+
 def test_exact_model_is_unchanged_and_formats_differ() -> None:
     """Stress moves a format that shares ranges among tokens, not one with a norm a token."""
     model = tiny("llama")
@@ -96,7 +107,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         arguments = [str(one) for one in (*options, "--json", "-", *more)]
         result = CliRunner().invoke(app, ["eval", "kl", *arguments])
         assert result.exit_code == 0, result.output
-        return {row["format"]: row["kl"] for row in json.loads(result.stdout)}
+        return {row["format"]: row["kl"] for row in json.loads(result.stdout)["rows"]}
 
     plain, stressed = run(), run("--modality-stress", 4)
     assert list(stressed) == ["k2v2-twin", "kivi:g=32,r=64"]

@@ -13,6 +13,7 @@ import oscar_kv
 import pytest
 import torch
 from models import enabled, generate, left_padded, logits_of, prompt, tiny
+from oscar_kv.hf.columns import unmasked_step
 from oscar_kv.hf.handle import Handle
 from oscar_kv.hf.layer import OscarLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -153,7 +154,7 @@ def test_reset_allows_another_batch(llama: Any) -> None:
     cache.reset()
     assert cache.get_seq_length() == 0
     assert cache.memory().total == 0
-    assert cache.balances.keys() == {0, 1}  # measured once, kept
+    assert cache.balances == {}  # measured on tokens that are gone
     with enabled(llama), torch.no_grad():
         llama(prompt(50, batch=3), past_key_values=cache)
     assert cache.batch_size == 3
@@ -200,11 +201,11 @@ def test_nan_does_not_reach_the_measured_balance(llama: Any) -> None:
     k = torch.randn(1, 2, 40, 64)
     k[0, 0, 3, 3] = float("nan")
     cache.update(k, k, 0)
-    layer.queries.observe(torch.randn(40, 4, 64))
+    layer.observe(torch.randn(1, 4, 40, 64), unmasked_step(None, 1, 40))
     with pytest.raises(ValueError, match="layer 0"):
         cache.commit()
     assert cache.balances == {}
-    assert layer.queries is not None
+    assert layer.measuring is not None
 
 
 @pytest.mark.parametrize(

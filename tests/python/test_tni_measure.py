@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import prompt, tiny
 from oscar_kv import calibrate
+from oscar_kv.calibration import Calibration
 from oscar_kv.tni import (
     LayerTensors,
     Measurement,
@@ -129,7 +130,7 @@ def test_channel_ranges_by_hand() -> None:
         KV_HEADS, TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(0)
     ).sign()
     given = LayerTensors(sign.repeat(2, 1, 1), sign * amplitude, sign)
-    ranges = measure_layer(0, given, Settings(), torch.ones(KV_HEADS, HEAD_DIM)).ranges
+    ranges = measure_layer(0, given, Settings(), Calibration()).ranges
     expected = 2 * amplitude / amplitude.square().mean().sqrt()
     torch.testing.assert_close(ranges[0], expected.expand(KV_HEADS, -1))
     rotated = ranges[list(STAGES).index("balanced, rotated")]
@@ -157,9 +158,8 @@ def test_score_and_output_errors_against_loops(options: dict[str, Any]) -> None:
         options = {"sink_logits": torch.tensor([0.5, -1.0, 2.0, 0.0])}
     settings = Settings(window=20, sinks=3, queries=5)
     given = tensors(uneven(), **options)
-    balance = torch.ones(KV_HEADS, HEAD_DIM)
-    found = measure_layer(0, given, settings, balance)
-    k, v = read_packed(given.k, given.v, COMBINATIONS[SCALING], balance, "k2v2")
+    found = measure_layer(0, given, settings, Calibration())
+    k, v = read_packed(given.k, given.v, COMBINATIONS[SCALING], Calibration(), "k2v2")
     scale, cap = given.scale or HEAD_DIM**-0.5, given.softcap
     squares, pairs, exact_out, read_out = 0.0, 0, [], []
     for position in torch.linspace(TOKENS // 2, TOKENS - 1, 5).round().long().tolist():
@@ -196,13 +196,12 @@ def test_what_nobody_reads_packed_has_no_error() -> None:
     torch.testing.assert_close(metrics["output"], torch.zeros(2), rtol=0, atol=1e-6)
     assert (metrics["k"] > 0.1).all()
     short = measure_layer(0, tensors(uneven()[:, :32]), Settings(sinks=32)).errors
-    assert torch.equal(short[:, 1, :2], torch.zeros(8, 2, KV_HEADS))
+    assert torch.equal(short[:, 1, :2], torch.zeros(9, 2, KV_HEADS))
 
 
 def test_the_incomplete_group_is_left_out() -> None:
     whole, longer = (
-        measure_layer(0, tensors(uneven()[:, :n]), Settings(), torch.ones(KV_HEADS, HEAD_DIM))
-        for n in (96, 100)
+        measure_layer(0, tensors(uneven()[:, :n]), Settings(), Calibration()) for n in (96, 100)
     )
     assert longer.norms.shape[1] == 96 and longer.token_errors.shape[1] == 96
     assert whole.errors.shape == longer.errors.shape
@@ -281,9 +280,8 @@ def test_keys_are_those_of_the_cache(family: str) -> None:
     for layer in found.layers:
         expected = cache.layers[layer.layer].keys[0, :, :64].norm(dim=-1)
         torch.testing.assert_close(layer.norms, expected, rtol=1e-4, atol=1e-4)
-    # A cache measures its balance on all 70 tokens, we on the 64 that are packed.
-    factors = calibrate(model, ids[:, :64]).factors
-    torch.testing.assert_close(found.layers[0].balance, factors[found.layers[0].layer])
+    expected = calibrate(model, ids).of_layer(found.layers[0].layer)
+    torch.testing.assert_close(found.layers[0].calibration.balance, expected.balance)
 
 
 def test_options_of_the_scores_reach_the_measure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def pictures(html: str, folder: Path) -> list[torch.Tensor]:
 def check_page(html: str, folder: Path) -> None:
     """Every picture is there and drawn; nothing is loaded from elsewhere."""
     shown = pictures(html, folder)
-    assert len(shown) == len(_SECTIONS) == html.count("<img ") == 8
+    assert len(shown) == len(_SECTIONS) == html.count("<img ") == 9
     for pixels in shown:
         assert min(pixels.shape[:2]) > 150
         assert pixels[..., :3].std() > 0.03

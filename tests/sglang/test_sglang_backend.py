@@ -5,7 +5,7 @@
 import pytest
 import torch
 from oscar_kv.balance import Balance
-from oscar_kv.measured import Measured, Rank
+from oscar_kv.measured import Rank
 from oscar_kv.sglang.backend import OscarAttnBackend
 from oscar_kv.sglang.pool import PoolShape
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -196,7 +196,6 @@ def test_balance_of_a_file(monkeypatch, tmp_path):
 )
 def test_heads_of_a_rank(total, rank, ranks, wanted):
     assert Rank(max(total // ranks, 1), rank, ranks).heads(total) == wanted
-    assert Measured() == Measured(None, None)
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,12 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=32, help="Tokens of the text to use at most.")] = 4096,
     threads: ThreadsOption = None,
 ) -> None:
-    """Measure the balance of a model, into a file.
+    """Measure balance, center and error compensation of a model, into a file.
 
     The balance of Q and K makes the packed cache independent of how a model shares its scale
-    between the two. Without a file it is measured at the first prompt of each cache. 1000 tokens
-    of any text are enough; the file belongs to the model it was measured on.
+    between the two; a center takes off keys what large biases put into them. Without a file each
+    cache measures its own prompt. 1000 tokens of any text are enough; the file belongs to the model
+    it was measured on.
 
     Example: oscar calibrate --model ./checkpoint --text book.txt --output balance.safetensors
     """
@@ -55,5 +56,6 @@ def calibrate(
     balance.save(output)
     print(
         f"{output}: balance of {len(balance.factors)} layers, {balance.kv_heads} KV heads, "
-        f"head_dim {balance.head_dim}, measured on {ids.shape[1]} tokens"
+        f"head_dim {balance.head_dim}, measured on {ids.shape[1]} tokens; "
+        f"{balance.centered_heads()} heads with a center"
     )

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The oscar-kv authors
 # SPDX-License-Identifier: Apache-2.0
-"""`oscar eval table`: what `oscar eval kl --json` wrote, as a Markdown table."""
+"""`oscar eval table`: what `oscar eval kl --json` wrote, as Markdown tables."""
 
 from __future__ import annotations
 
@@ -18,20 +18,27 @@ def table(
         list[Path], typer.Argument(metavar="FILE...", help="What `oscar eval kl --json` wrote.")
     ],
 ) -> None:
-    """Print kept results of `oscar eval kl` as one Markdown table, sorted by bits.
+    """Print kept results of `oscar eval kl` as Markdown tables, sorted by bits.
 
-    A format that is in several files is shown as in the last one. Bold rows ran through the packed
-    kernels.
+    Rows of another model, other documents or lengths, or another stress stand in a table of their
+    own. A format that is there several times is shown as in the last file. Bold rows ran through
+    the packed kernels.
 
     Example: oscar eval table bench/results/accuracy-methods.json
     """
-    from ..eval.report import markdown
+    from ..eval.report import tables
 
-    rows: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     for file in files:
         try:
-            rows |= {row["format"]: row for row in json.loads(read_text(file, "FILE"))}
-            lines = markdown(list(rows.values()))
+            content = json.loads(read_text(file, "FILE"))
+            if isinstance(content, list):
+                raise InputError(
+                    f"FILE: {file} is a list without settings, as older releases wrote it: it does "
+                    "not say what was measured, measure again with `oscar eval kl --json`"
+                )
+            rows += content["rows"]
+            lines = tables(rows)
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"FILE: {file} is not a list that eval kl wrote: {error!r}") from error
+            raise InputError(f"FILE: {file} is not what eval kl wrote: {error!r}") from error
     print(lines)

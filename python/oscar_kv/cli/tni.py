@@ -77,8 +77,9 @@ def tni(
     A few tokens whose keys are much smaller (attention sinks) or larger than their neighbours'
     spoil the 2-bit codes of all 32 tokens that share a range. Shows where that happens, which
     tokens they are, and the errors of K, V, scores and attention output with and without balance,
-    rotation and token scaling. Key norms are taken after RoPE, per layer and KV head. With images
-    or sounds it also compares the kinds of tokens.
+    rotation, token scaling and center. For each head: the constant part of its keys, which the
+    center takes off. Key norms are taken after RoPE, per layer and KV head. With images or sounds
+    it also compares the kinds of tokens.
 
     Example: oscar tni --model ./checkpoint --text book.txt --html report.html
     """
@@ -131,8 +132,8 @@ def _show(measured: Measurement) -> None:
     console = Console()
     for sentence in findings(measured):
         console.print(f"• {escape(sentence)}", highlight=False)
-    for table in (_token_table(measured), _head_table(measured), _error_table(measured)):
-        console.print(table)
+    for draw in (_token_table, _head_table, _constant_table, _error_table):
+        console.print(draw(measured))
     if len({token.kind for token in measured.tokens}) > 1:
         console.print(_kind_table(measured))
 
@@ -165,6 +166,17 @@ def _head_table(measured: Measurement) -> Table:
         errors = [head.errors[name] for name in STORY]
         cells = [f"{x:.2f}" for x in (*figures, *errors)]
         table.add_row(str(head.layer), str(head.head), *cells)
+    return table
+
+
+def _constant_table(measured: Measurement) -> Table:
+    from ..tni.constant import COLUMNS, constants
+
+    table = Table(title="constant part of keys (coarsest mids first; score error in nats)")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for head in constants(measured)[:_ROWS]:
+        table.add_row(*head.cells())
     return table
 
 

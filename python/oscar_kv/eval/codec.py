@@ -21,7 +21,7 @@ _RESIDENT_QUERIES = 256  # residuals fill and flush: the resident bits are a mea
 
 @dataclass
 class LayerInput:
-    """Exact tensors of one layer over one document, float32.
+    """Exact tensors of one layer over one document, float32, all on one device.
 
     layer: its index. prompt: tokens 0..prompt-1 are prefilled exactly; statistics (calibration,
     outlier search at prefill) may use those only. q, k, v: after RoPE; k_pre_rope: K before it, cos
@@ -59,7 +59,8 @@ class LayerCodes:
     with metadata rounded to its storage type. k_packed, v_packed: bool, broadcastable to [kv_heads,
     queries, tokens]: True where the query at position prompt + i reads the packed copy, False where
     it reads the exact one. A query must never read a packed copy that would not exist yet when that
-    token is decoded; what the mask says of tokens after the query does not matter.
+    token is decoded; what the mask says of tokens after the query does not matter. All on one
+    device, that of LayerInput.k.
     extra_bits: bits held beside packed and exact tokens (pools, tables of this layer).
     """
 
@@ -88,15 +89,22 @@ class Codec(abc.ABC):
         """What queries prompt..tokens-1 of this layer read."""
 
 
-def sliding_packed(prompt: int, tokens: int, window: int, sinks: int = 0, group: int = 1) -> Tensor:
-    """Mask bool [queries, tokens] of a window that slides in steps of `group` tokens.
+def sliding_packed(
+    prompt: int,
+    tokens: int,
+    window: int,
+    sinks: int = 0,
+    group: int = 1,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Mask bool [queries, tokens] of a window that slides in steps of `group` tokens, on `device`.
 
     Query p reads token t packed if t >= sinks and its group of `group` tokens ends at or below
     p + 1 - window, that is, the newest `window` tokens (the query's own included) and the
     unfinished group are exact.
     """
-    position = torch.arange(prompt, tokens)[:, None]
-    end = (torch.arange(tokens) // group + 1) * group
+    position = torch.arange(prompt, tokens, device=device)[:, None]
+    end = (torch.arange(tokens, device=device) // group + 1) * group
     packed = end[None, :] <= position + 1 - window
     packed[:, :sinks] = False
     return packed
@@ -111,8 +119,8 @@ def bits_resident(codec: Codec, codes: LayerCodes, layer: LayerInput) -> float:
     kv_heads, tokens, head_dim = layer.k.shape
     queries = layer.queries
     last = min(queries, _RESIDENT_QUERIES)
-    position = torch.arange(tokens - last, tokens)[:, None]
-    held = torch.arange(tokens)[None, :] <= position  # [last, tokens]
+    position = torch.arange(tokens - last, tokens, device=layer.k.device)[:, None]
+    held = torch.arange(tokens, device=layer.k.device)[None, :] <= position  # [last, tokens]
     total = 0.0
     sides = zip((codes.k_packed, codes.v_packed), codec.bits(head_dim, kv_heads), strict=True)
     for packed, bits in sides:

@@ -3,15 +3,16 @@
 """Distance of next-token predictions from those of the exact cache, per format.
 
 Each document is prefilled exactly up to `prompt`, then decoded by teacher forcing through every
-format. All arithmetic is float32: in bfloat16 one prediction in twenty has two most likely
-tokens with the very same logit.
+format. All arithmetic is float32, without TF32: in bfloat16 one prediction in twenty has two most
+likely tokens with the very same logit. Everything happens on the device of the model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ _ROWS = 256  # positions whose logits exist at a time
 
 @dataclass
 class Document:
-    """ids int64 [1, tokens]; kind: docs, code, prose, chat or file."""
+    """ids int64 [1, tokens], on any device; kind: docs, code, prose, chat or file."""
 
     name: str
     kind: str
@@ -37,7 +38,7 @@ class Document:
 
 @dataclass
 class DocumentResult:
-    """One format on one document; float32 [queries], positions prompt..tokens-1.
+    """One format on one document; on the CPU, [queries], positions prompt..tokens-1.
 
     kl: KL(exact || format) in nats. dnll: change of the negative log-likelihood of the token that
     came, one element fewer. same: whether the most likely token is the same.
@@ -87,8 +88,20 @@ class FormatResult:
         """Bits an element of the packed part."""
         return _mean([result.packed_bits for result in self.documents])
 
+    @property
+    def worst(self) -> float:
+        """Mean KL of the document where it is largest."""
+        return max(self._means("kl"))
+
+    def kl_quantiles(self) -> tuple[float, float, float]:
+        """Median, 99 % and 99.9 % quantile of the KL over all decoded positions, nats."""
+        pooled = torch.cat([result.kl for result in self.documents]).double()
+        median, p99, p999 = (float(pooled.quantile(share)) for share in (0.5, 0.99, 0.999))
+        return median, p99, p999
+
     def row(self) -> dict[str, Any]:
-        """The row of the JSON list."""
+        """The row of the JSON file, without the run's settings (settings.py)."""
+        median, p99, p999 = self.kl_quantiles()
         return {
             "format": self.format,
             "label": self.label,
@@ -96,6 +109,10 @@ class FormatResult:
             "packed_bits": self.packed_bits,
             "kl": self.kl,
             "kl_stderr": self.kl_stderr,
+            "kl_median": median,
+            "kl_p99": p99,
+            "kl_p999": p999,
+            "kl_worst_document": self.worst,
             "dnll": _mean(self._means("dnll")),
             "top1": _mean(self._means("same")),
             "packed_kernels": self.real,
@@ -124,7 +141,7 @@ class OutputHead:
         self._head = model.get_output_embeddings()
         config = model.config.get_text_config(decoder=True)
         self._cap = getattr(config, "final_logit_softcapping", None)
-        ids = torch.arange(8)[None] % config.vocab_size
+        ids = torch.arange(8, device=model.device)[None] % config.vocab_size
         with torch.inference_mode():
             expected = model(input_ids=ids, use_cache=False).logits[0]
             found = self(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
@@ -139,7 +156,22 @@ class OutputHead:
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
 
+@contextlib.contextmanager
+def no_tf32() -> Iterator[None]:
+    """Float32 products of a GPU in full precision, afterwards as they were."""
+    parts = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.fp32_precision = value
+
+
 @torch.inference_mode()
+@no_tf32()
 def evaluate(
     model: PreTrainedModel,
     documents: Sequence[Document],
@@ -166,7 +198,7 @@ def evaluate(
             runs.append(_timed(model, start, one))
         del start
         advance(f"{document.name}: comparing")
-        following = document.ids[0, prompt + 1 :]
+        following = document.ids[0, prompt + 1 :].to(model.device)
         compared = compare(head, exact.hidden, [run.hidden for run, _ in runs], following)
         for result, figures, (run, seconds) in zip(results, compared, runs, strict=True):
             result.documents.append(
@@ -176,12 +208,19 @@ def evaluate(
 
 
 def _timed(model: PreTrainedModel, start: Prefill, one: AnyFormat) -> tuple[Decoded, float]:
-    began = time.perf_counter()
+    began = _now(model.device)
     if isinstance(one, PackedFormat):
         found = decode_packed(model, start, one)
     else:
         found = decode(model, start, one)
-    return found, time.perf_counter() - began
+    return found, _now(model.device) - began
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def compare(
@@ -189,7 +228,7 @@ def compare(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(kl, dnll, same) of each of `others` against `exact`, all hidden [queries, hidden_size].
 
-    following: the tokens after queries 0..queries-2.
+    following: the tokens after queries 0..queries-2. The results are on the CPU.
     """
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in others]
     for first in range(0, exact.shape[0], _ROWS):
@@ -203,7 +242,7 @@ def compare(
             log_q = head(hidden[rows]).log_softmax(-1)
             dnll = functional.nll_loss(log_q[known], target, reduction="none") - nll
             same = log_q.argmax(-1) == top
-            found.append(((p * (log_p - log_q)).sum(-1), dnll, same))
+            found.append(((p * (log_p - log_q)).sum(-1).cpu(), dnll.cpu(), same.cpu()))
     return [tuple(map(torch.cat, zip(*found, strict=True))) for found in parts]  # type: ignore[misc]
 
 

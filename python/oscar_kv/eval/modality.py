@@ -49,7 +49,7 @@ def make_spans(tokens: int, seed: int = 0) -> list[Span]:
 
 
 def key_factors(tokens: int, factor: float, seed: int = 0) -> Tensor:
-    """a_t of every token, float32 [tokens]. ValueError for a factor that is not positive."""
+    """a_t of every token, float32 [tokens] on the CPU. ValueError for factor <= 0."""
     if not factor > 0:
         raise ValueError(f"modality stress is {factor}, must be positive")
     by_kind = {"text": 1.0, "image": factor, "audio": 1 / factor}
@@ -77,7 +77,7 @@ class ModalityStress(Codec):
 
     def encode(self, layer: LayerInput) -> LayerCodes:
         """What the inner codec makes of a_t k_t, divided by a_t again."""
-        a = key_factors(layer.tokens, self.factor)[:, None]
+        a = key_factors(layer.tokens, self.factor).to(layer.k.device)[:, None]
         before = layer.k_pre_rope
         stressed = replace(layer, k=layer.k * a, k_pre_rope=None if before is None else before * a)
         codes = self.inner.encode(stressed)
@@ -91,6 +91,7 @@ def _twin(packed: PackedFormat) -> Twin:
         window=packed.window,
         sinks=packed.sinks,
         balance="prompt" if packed.balance == "auto" else packed.balance,
+        center="none" if packed.balance == "none" else "prompt",
         feedback="none" if packed.balance == "none" else "prompt",
     )
     twin.name = f"{packed.format}-twin"

@@ -102,12 +102,16 @@ _active: _Pass | None = None
 
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, ids: Tensor, prompt: int, seed: int = 0) -> Prefill:
-    """Reads the first `prompt` tokens of ids [1, tokens] exactly. ValueError for other shapes."""
+    """Reads the first `prompt` tokens of ids [1, tokens] exactly, on the device of the model.
+
+    ValueError for other shapes.
+    """
     if ids.dim() != 2 or ids.shape[0] != 1 or not 0 < prompt < ids.shape[1]:
         raise ValueError(
             f"prompt is {prompt} and ids {list(ids.shape)}: ids must be [1, tokens] with at least "
             "one token of prompt and one after it"
         )
+    ids = ids.to(model.device)
     cache = DynamicCache(config=model.config)
     layers = full_layers(cache)
     with _running(model, _Pass(layers)) as state:
@@ -306,8 +310,8 @@ def attend(layer: LayerInput, codes: LayerCodes, scale: float) -> Tensor:
     for first in range(0, layer.queries, _CHUNK):
         last = min(first + _CHUNK, layer.queries)
         end = layer.prompt + last
-        position = torch.arange(layer.prompt + first, end)[:, None]
-        causal = torch.arange(end)[None, :] <= position
+        position = torch.arange(layer.prompt + first, end, device=q.device)[:, None]
+        causal = torch.arange(end, device=q.device)[None, :] <= position
         packed = [
             mask.expand(-1, layer.queries, tokens)[:, first:last, :end]
             if mask.dim() == 3

@@ -9,13 +9,21 @@ varied. The steps stand in the order of the format: rotate, scale, quantise K, q
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from ..balance import Balance, QueryStatistics, balance_factors, key_variance
+from ..balance import Balance
+from ..calibration import (
+    CENTER_RATIO,
+    QueryStatistics,
+    calibrate_layer,
+    evidence,
+    key_center,
+)
 from ..feedback import feedback_factors
 from ..rotate import channel_signs, hadamard
 from .codec import Codec, LayerCodes, LayerInput, sliding_packed
@@ -23,9 +31,20 @@ from .codec import Codec, LayerCodes, LayerInput, sliding_packed
 _K_SHARES = {2: 0.88, 3: 0.96}  # of the (max - min) range that the codes span; other bits: 1
 _FED_K_SHARES = {2: 0.94}  # with error feedback; other bits: 1
 _V_SHARES = {2: 0.82, 3: 0.92}
+_SCALE_BOUNDS = {2: 0.5}  # of the way from a step to the next; other bits: 0.25
 _V_PARAM_BITS = 16  # 8-bit scale, 8-bit mid
 _UNIT_BITS = 32  # two bf16 units a group
-_FP16_PARAMS = 16  # k_params of 16: the scale and the mid themselves, as fp16
+_FP16 = 16  # mid_bits of 16: the mid itself, as fp16
+# What a K scale's indices stand for, in units of the last: bits, values.
+_SCALES: dict[str, tuple[int, tuple[float, ...]]] = {
+    "steps": (2, (2, 3, 4, 6)),  # the format's
+    "octaves": (2, (1, 2, 4, 8)),
+    "half-octaves": (2, (0.5**1.5, 0.5, 0.5**0.5, 1)),
+    "third-octaves": (2, (0.5, 0.5 ** (2 / 3), 0.5 ** (1 / 3), 1)),
+    "eight": (3, (4, 5, 6, 7, 8, 10, 12, 14)),
+    "linear": (4, tuple(range(1, 16))),
+    "fp16": (_FP16, ()),
+}
 _TILE_ALIGNS = ((256, 128), (128, 64), (0, 32))  # from a head_dim on, bytes
 
 
@@ -35,8 +54,12 @@ class Twin(Codec):
 
     k_bits, v_bits: of a code. window, sinks: tokens that stay exact, as in `PagedCache`; tile: the
     tokens by which the window moves. k_share, v_share: part of a group's range that the codes span
-    (0: the format's). group: tokens of a K group (divides tile), k_params: bits of its scale and of
-    its mid (16: fp16 without units). v_group: channels of a V group, 0: all of a head.
+    (0: the format's). group: tokens of a K group (divides tile); scale: how its scale is stored, a
+    name of _SCALES; scale_bound: where between two steps a scale is rounded up (0: the format's);
+    mid_bits: of its mid (16: fp16 without a unit); reach: 1 widens a scale so that
+    codes span the channel around the mid as it is stored. v_group: channels of a V group, 0: all of
+    a head. center: "prompt" takes the constant part off the keys of heads where it exceeds
+    center_ratio times the rest (balance.py), "none" does not.
     norm: K's norm per "head" and token, per token over the "layer", or "none"; norm_steps: stored
     values an octave, a power of two, over the 16 octaves below a tile's largest (0: not rounded,
     counted as 16 bits); norm_blocks: norms a head, each for head_dim / norm_blocks
@@ -57,8 +80,13 @@ class Twin(Codec):
     k_share: float = 0.0
     v_share: float = 0.0
     group: int = 32
-    k_params: int = 4
+    scale: str = "steps"
+    scale_bound: float = 0.0
+    mid_bits: int = 6
+    reach: int = 1
     v_group: int = 0
+    center: str = "prompt"
+    center_ratio: float = CENTER_RATIO
     norm: str = "head"
     norm_steps: int = 8
     norm_blocks: int = 1
@@ -70,6 +98,8 @@ class Twin(Codec):
 
     def __post_init__(self) -> None:
         _check("norm", self.norm, ("head", "layer", "none"))
+        _check("scale", self.scale, tuple(_SCALES))
+        _check("center", self.center, ("prompt", "none"))
         _check("feedback", self.feedback, ("prompt", "none"))
         _check("rounding", self.rounding, ("nearest", "norm", "mean"))
         if self.group < 1 or self.tile % self.group:
@@ -89,9 +119,10 @@ class Twin(Codec):
     def bits(self, head_dim: int, kv_heads: int) -> tuple[float, float]:
         """Of a tile, its padding counted with K."""
         norms = {"head": self.norm_blocks, "layer": 1 / kv_heads, "none": 0}[self.norm]
-        units = 0 if self.k_params == _FP16_PARAMS else _UNIT_BITS / (self.group * head_dim)
+        units = _UNIT_BITS / (self.group * head_dim)
         norm_bits = 4 + self.norm_steps.bit_length() - 1 if self.norm_steps else 16
-        k = self.k_bits + 2 * self.k_params / self.group + units + norms * norm_bits / head_dim
+        params = (_SCALES[self.scale][0] + self.mid_bits) / self.group
+        k = self.k_bits + params + units + norms * norm_bits / head_dim
         v = self.v_bits + _V_PARAM_BITS / (self.v_group or head_dim)
         elements = self.tile * head_dim
         align = 8 * next(size for least, size in _TILE_ALIGNS if head_dim >= least)
@@ -100,41 +131,55 @@ class Twin(Codec):
 
     def encode(self, layer: LayerInput) -> LayerCodes:
         """See LayerCodes; the last, incomplete tile is returned as it came."""
-        packed = sliding_packed(layer.prompt, layer.tokens, self.window, self.sinks, self.tile)
+        size = (layer.prompt, layer.tokens, self.window, self.sinks, self.tile)
+        packed = sliding_packed(*size, device=layer.k.device)
         count = layer.tokens // self.tile * self.tile
         k, v = layer.k.clone(), layer.v.clone()
         if count:
-            sign = channel_signs(k.shape[-1]) if self.rotate else torch.ones(k.shape[-1])
-            balance, weights = self.measure(layer)
+            balance, weights, center = self.measure(layer)
+            sign = (
+                channel_signs(k.shape[-1]).to(balance) if self.rotate else torch.ones_like(k[0, 0])
+            )
             forward = (sign / balance)[:, None]
-            y = self._turn(layer.k[:, :count] * forward)
-            k[:, :count] = self._turn(self._code_k(y, weights)) / forward
+            moved = self._turn(center[:, None] * forward)
+            y = self._turn(layer.k[:, :count] * forward) - moved
+            k[:, :count] = self._turn(self._code_k(y, weights) + moved) / forward
             y = self._turn(layer.v[:, :count] * sign)
             v[:, :count] = self._turn(self._code_v(y)) * sign
         return LayerCodes(k, v, packed, packed)
 
-    def measure(self, layer: LayerInput) -> tuple[Tensor, Tensor | None]:
-        """Balance [kv_heads, head_dim] and the weights of the feedback, as `feedback_factors`."""
+    def measure(self, layer: LayerInput) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Balance [kv_heads, head_dim], the weights of the feedback, as `feedback_factors`, and the
+        center [kv_heads, head_dim], unrotated."""
         kv_heads, _, head_dim = layer.k.shape
-        balance = torch.ones(kv_heads, head_dim)
+        balance = torch.ones(kv_heads, head_dim, device=layer.k.device)
+        center = torch.zeros_like(balance)
         if self.balance not in ("prompt", "none"):
             known = _balance_file(self.balance)
+            on = layer.k.device
             found = known.feedback.get(layer.layer) if self.feedback == "prompt" else None
-            return known.factors.get(layer.layer, balance), None if found is None else found.float()
+            if self.center == "prompt":
+                center = known.centers.get(layer.layer, center).to(on)
+            weights = None if found is None else found.to(on).float()
+            return known.factors.get(layer.layer, balance).to(on), weights, center
         if not layer.q.numel():
-            return balance, None
+            return balance, None, center
         tokens = min(layer.prompt, self.balance_tokens or layer.prompt)
         queries = QueryStatistics()
         queries.observe(layer.q[:, :tokens].transpose(0, 1))
-        variance = key_variance([layer.k[:, :tokens].transpose(0, 1)])
-        moment = queries.moment(kv_heads)
-        if variance is None or moment is None:
-            return balance, None
+        keys = [layer.k[:, :tokens].transpose(0, 1)]
+        found = calibrate_layer(keys, queries, evidence([layer.v[:, :tokens].transpose(0, 1)]))
+        if found is None or found.balance is None:
+            return balance, None, center
+        if self.center == "prompt":
+            center = key_center(keys, self.center_ratio)
         if self.balance == "prompt":
-            balance = balance_factors(variance, moment.diagonal(dim1=1, dim2=2))
+            balance = found.balance
         if self.feedback == "none" or not self.rotate:
-            return balance, None
-        return balance, feedback_factors(moment, balance).float()
+            return balance, None, center
+        moment = queries.moment(kv_heads)
+        assert moment is not None
+        return balance, feedback_factors(moment, balance).float(), center
 
     # -- rotate --------------------------------------------------------------------------------
 
@@ -162,7 +207,7 @@ class Twin(Codec):
         """Rounded norms as their tile stores them: 0 for those 15 octaves below its largest."""
         tiles = norm.unflatten(1, (-1, self.group))
         above = torch.frexp(tiles.amax(2, keepdim=True)).exponent  # all norms are below 2^above
-        least = torch.ldexp(torch.ones(()), above - 16)
+        least = torch.ldexp(torch.ones_like(above, dtype=torch.float32), above - 16)
         return torch.where(tiles > least, tiles, torch.zeros_like(tiles)).flatten(1, 2)
 
     # -- quantise K ----------------------------------------------------------------------------
@@ -176,7 +221,7 @@ class Twin(Codec):
         scaled = torch.where(norm > 0, blocks / norm, torch.zeros_like(blocks))
         if weights is not None and self.norm_blocks > 1:
             # One norm a token scales all its errors alike; several do not: only within a block.
-            block = torch.arange(y.shape[-1]) // blocks.shape[-1]
+            block = torch.arange(y.shape[-1], device=y.device) // blocks.shape[-1]
             weights = weights * (block[:, None] == block)
         coded = self._code_channels(scaled.flatten(-2), weights)
         coded = coded.unflatten(-1, (self.norm_blocks, -1))
@@ -204,14 +249,26 @@ class Twin(Codec):
 
     def _store(self, scale: Tensor, mid: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and mid as they are stored: indices in units of a group's largest."""
-        if self.k_params == _FP16_PARAMS:
-            return scale.half().float(), mid.half().float()
-        top_scale, top_mid = 2**self.k_params - 1, 2 ** (self.k_params - 1) - 1
-        unit_s = scale.amax(-1, keepdim=True).bfloat16().float() / top_scale
-        unit_m = mid.abs().amax(-1, keepdim=True).bfloat16().float() / top_mid
-        index_s = torch.round(_ratio(scale, unit_s)).clamp(1, top_scale)
-        index_m = torch.round(_ratio(mid, unit_m)).clamp(-top_mid, top_mid)
-        return index_s * unit_s, index_m * unit_m
+        top_mid = 2 ** (self.mid_bits - 1) - 1
+        most = mid.abs().amax(-1, keepdim=True).bfloat16().float()
+        stored = mid.half().float()
+        if self.mid_bits != _FP16:
+            unit = most / top_mid
+            stored = torch.round(_ratio(mid, unit)).clamp(-top_mid, top_mid) * unit
+        largest = scale.amax(-1, keepdim=True)
+        if self.reach:
+            top = 2**self.k_bits - 1
+            largest = largest + most * (1 / (top_mid * top))
+            scale = scale + (2 / top) * (mid - stored).abs()
+        bits, steps = _SCALES[self.scale]
+        if bits == _FP16:
+            return scale.half().float(), stored
+        unit = largest.bfloat16().float() / steps[-1]
+        bound = self.scale_bound or _SCALE_BOUNDS.get(self.k_bits, 0.25)
+        index = torch.zeros_like(scale, dtype=torch.long)
+        for low, high in itertools.pairwise(steps):
+            index += scale > (low + bound * (high - low)) * unit
+        return torch.tensor(steps, device=scale.device)[index] * unit, stored
 
     # -- quantise V ----------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 """The transformers integration: a packed cache and the attention function that reads it.
 
 * cache.py: OscarCache, one layer object a decoder layer; memory report
-* layer.py: OscarLayer, pending tokens, packed history, balance
+* layer.py: OscarLayer, pending tokens, packed history
+* measuring.py: when a layer is calibrated
 * handle.py: Handle, what a model gets instead of dense K and V
 * attention.py: the "oscar" attention function; reads handles, delegates everything else
 * columns.py: which columns of a padded batch are stored, and the check of masks against it

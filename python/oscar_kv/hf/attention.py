@@ -108,8 +108,7 @@ def oscar_attention_forward(
             module, query, key.dense(), value.dense(), attention_mask, dropout, scaling, **kwargs
         )
     step = _step(layer, query, attention_mask, kwargs)
-    if layer.queries is not None:
-        layer.observe(query, step)
+    layer.observe(query, step)
     if layer.length == 0:
         out = _exact(module, query, pending, attention_mask, step, dropout, scaling, kwargs)
     elif step.causal:
@@ -185,7 +184,8 @@ def _over_history(
     sinks = kwargs.get("s_aux")
     rows = step.rows
     if layer.shared.strict:
-        layer.measure(token_rows(pending[0], rows), step.query_start)  # before tiles are packed
+        new = (token_rows(x, rows) for x in pending)
+        layer.measure(*new, step.query_start)  # before tiles are packed
     out, _ = paged.attend(
         token_rows(query, rows),
         token_rows(pending[0], rows),

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from ..balance import Balance, text_config
+from ..calibration import Calibration
 from .columns import row_list
 from .layer import OscarLayer
 from .shared import Shared
@@ -53,13 +54,13 @@ class Memory:
 
 def resolve_balance(
     balance: BalanceLike, config: PreTrainedConfig
-) -> tuple[dict[int, Tensor], dict[int, Tensor]] | None:
-    """Factors and feedback a `balance` argument stands for; None: measure them ("auto").
+) -> dict[int, Calibration] | None:
+    """Calibrations by layer that a `balance` argument stands for; None: measure them ("auto").
 
     Raises ValueError for a balance of another model, TypeError for any other kind of value.
     """
     if balance is None:
-        return {}, {}
+        return {}
     if isinstance(balance, str) and balance == "auto":
         return None
     if isinstance(balance, str | os.PathLike):
@@ -69,15 +70,16 @@ def resolve_balance(
             f'balance must be "auto", None, a Balance or a path, got {type(balance).__name__}'
         )
     balance.check(config)
-    return dict(balance.factors), dict(balance.feedback)
+    return {layer: balance.of_layer(layer) for layer in balance.factors}
 
 
 class OscarCache(DynamicCache):  # type: ignore[misc]
-    """`past_key_values` for any decoder of transformers: about 2.25 bits an element.
+    """`past_key_values` for any decoder of transformers: about 2.25 bits per element.
 
     config: the model's configuration. format: "k2v2", "k4v2" or "k4v4". window: newest tokens kept
     exact, and the largest `crop`. sinks: first tokens kept exact, 0 to 32. balance: "auto" measures
-    Q against K at the first prompt, None uses 1, else a `Balance` or the path of one.
+    this cache's own prompt when its first 32 tokens are there (calibration.py), None measures
+    nothing, else a `Balance` or the path of one.
 
     strict: within a call of several tokens each query reads what it would read if the tokens came
     one by one, so that results do not depend on how a text is cut into calls; without it the call's
@@ -111,6 +113,7 @@ class OscarCache(DynamicCache):  # type: ignore[misc]
         if kwargs.pop("offloading", False):
             raise ValueError("offloading=True is not supported by OscarCache")
         check_settings(format, window, sinks)
+        self.config = config
         text = text_config(config)
         known = resolve_balance(balance, config)
         super().__init__(config=config, **kwargs)
@@ -119,8 +122,7 @@ class OscarCache(DynamicCache):  # type: ignore[misc]
             window=window,
             sinks=sinks,
             measure=known is None,
-            balances={} if known is None else known[0],
-            feedbacks={} if known is None else known[1],
+            given=known or {},
             strict=bool(strict),
             keep_pending=int(getattr(text, "num_kv_shared_layers", 0) or 0) > 0,
         )
@@ -131,6 +133,7 @@ class OscarCache(DynamicCache):  # type: ignore[misc]
             layer if index in self.survey.kept else OscarLayer(index, self.shared)
             for index, layer in enumerate(self.layers)
         ]
+        self.shared.first = next(layer.index for layer in self._packed_layers())
 
     def _packed_layers(self) -> Iterator[OscarLayer]:
         return (layer for layer in self.layers if isinstance(layer, OscarLayer))
@@ -138,7 +141,20 @@ class OscarCache(DynamicCache):  # type: ignore[misc]
     @property
     def balances(self) -> dict[int, Tensor]:
         """Balance factors in use by layer, float32 [kv_heads, head_dim]; missing: 1."""
-        return self.shared.balances
+        return self.calibrated().factors
+
+    def calibrated(self) -> Balance:
+        """What the packed layers were measured to be or given, to be saved or passed on."""
+        found = {
+            layer.index: layer.paged.calibration
+            for layer in self._packed_layers()
+            if layer.paged is not None
+        }
+        known = [
+            {i: x for i, one in found.items() if (x := getattr(one, name)) is not None}
+            for name in ("balance", "feedback", "center")
+        ]
+        return Balance.for_config(self.config, *known)
 
     @property
     def dequantizations(self) -> int:

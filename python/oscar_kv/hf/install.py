@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.generation import utils as generation
 
 from ..balance import text_config
+from ..calibration import Calibration
 from .attention import NAME, register
 from .cache import BalanceLike, OscarCache, nothing_to_pack, resolve_balance
 from .survey import survey
@@ -42,8 +42,7 @@ class _Enabled:
 
     settings: dict[str, Any]
     measure: bool
-    balances: dict[int, Tensor]  # given, or measured at the first prompt
-    feedbacks: dict[int, Tensor]  # likewise
+    given: dict[int, Calibration]
     previous: list[tuple[Any, Any]] = field(default_factory=list)  # (config, implementation)
     generate: Any = None  # the instance's own generate, if it had one
     made: list[OscarCache] = field(default_factory=list)  # by the running generate
@@ -51,7 +50,7 @@ class _Enabled:
     def new_cache(self, model: PreTrainedModel) -> OscarCache:
         cache = OscarCache(model.config, balance=None, **self.settings)
         cache.shared.measure = self.measure
-        cache.shared.balances, cache.shared.feedbacks = self.balances, self.feedbacks
+        cache.shared.given = self.given
         return cache
 
 
@@ -65,9 +64,9 @@ def enable(
 ) -> PreTrainedModel:
     """Lets ``model.generate`` keep K and V packed and attend on the codes; returns the model.
 
-    The arguments are those of `OscarCache`. With balance="auto" the factors are measured at the
-    first prompt of at least 32 tokens and kept for later calls. A `past_key_values` that a caller
-    passes is used as it is. Called again: replaces the settings (and forgets a measured balance).
+    The arguments are those of `OscarCache`. With balance="auto" every call measures its own prompt:
+    no call depends on an earlier one. A `past_key_values` that a caller passes is used as it is.
+    Called again: replaces the settings.
 
     Layers that cannot be packed stay in transformers' own cache and are named in a log message
     (`survey(model.config)` says the same). Of an encoder-decoder the decoder's self-attention is
@@ -85,8 +84,7 @@ def enable(
     state = _Enabled(
         settings={"format": format, "window": window, "sinks": sinks, "strict": strict},
         measure=known is None,
-        balances={} if known is None else known[0],
-        feedbacks={} if known is None else known[1],
+        given=known or {},
     )
     old: _Enabled | None = getattr(model, _STATE, None)
     if old is None:

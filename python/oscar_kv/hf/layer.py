@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from ..balance import GROUP_TOKENS, QueryStatistics, balance_factors, key_variance
 from ..cache import PagedCache
-from ..feedback import feedback_factors
 from .columns import Step, row_list, unmasked_step
 from .handle import Handle
+from .measuring import Measuring
 from .shared import Shared
 
 
@@ -59,7 +58,7 @@ class OscarLayer(CacheLayerMixin):  # type: ignore[misc]
         self.columns: Tensor | None = None  # bool [batch, length], None: every column is a token
         self.pending: tuple[Tensor, Tensor] | None = None  # [batch, kv_heads, new, head_dim]
         self.step: Step | None = None  # of the pending tokens, once the mask is known
-        self.queries: QueryStatistics | None = None  # while the balance is being measured
+        self.measuring: Measuring | None = None  # until the layer is calibrated
         self._dense: dict[int, Tensor] = {}
         self.version += 1
 
@@ -96,7 +95,8 @@ class OscarLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Builds the packed cache for K (and V) of shape [batch, kv_heads, tokens, head_dim]."""
         batch, kv_heads, _, head_dim = key_states.shape
-        balance = self.shared.balances.get(self.index)
+        known = self.shared.given.get(self.index)
+        balance = None if known is None else known.balance
         if balance is not None and tuple(balance.shape) != (kv_heads, head_dim):
             raise ValueError(
                 f"layer {self.index}: balance has shape {list(balance.shape)}, "
@@ -111,12 +111,11 @@ class OscarLayer(CacheLayerMixin):  # type: ignore[misc]
             format=self.shared.format,
             window=self.shared.window,
             sinks=self.shared.sinks,
-            balance=balance,
+            calibration=known,
             device=key_states.device,
         )
-        self.paged.feedback = self.shared.feedbacks.get(self.index)
-        if balance is None and self.shared.measure:
-            self.queries = QueryStatistics()
+        if known is None and self.shared.measure:
+            self.measuring = Measuring(self.shared, self.index == self.shared.first)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         """Columns, pending ones and padding included."""
@@ -198,7 +197,7 @@ class OscarLayer(CacheLayerMixin):  # type: ignore[misc]
         if k.requires_grad or v.requires_grad:
             k, v = k.detach(), v.detach()
         k_rows, v_rows = token_rows(k, rows), token_rows(v, rows)
-        self.measure(k_rows, starts)
+        self.measure(k_rows, v_rows, starts)
         try:
             self.paged.append(k_rows, v_rows, starts)
         except ValueError as error:
@@ -221,43 +220,18 @@ class OscarLayer(CacheLayerMixin):  # type: ignore[misc]
         raise ValueError(self.shared.refused) from error
 
     def observe(self, query: Tensor, step: Step) -> None:
-        """Adds Q [batch, q_heads, new, head_dim] of the pending tokens to the statistics."""
-        if self.queries is None:
-            return
-        for row, q in enumerate(query.transpose(1, 2)):
-            self.queries.observe(q if step.real is None else q[step.real[row]])
+        """Adds Q [batch, q_heads, new, head_dim] of the pending tokens to what is measured."""
+        if self.measuring is not None and self.paged is not None:
+            self.measuring.observe(self.paged, query, step)
 
-    def measure(self, k_rows: Tensor, starts: list[int] | None) -> None:
-        """Fixes the balance, unless it is known, once the first tile is about to be packed."""
-        paged, queries = self.paged, self.queries
-        if paged is None or queries is None:
+    def measure(self, k_rows: Tensor, v_rows: Tensor, starts: list[int] | None) -> None:
+        """Calibrates the layer, unless it is, once the first tile is about to be packed."""
+        if self.measuring is None or self.paged is None:
             return
         if starts is None:
-            starts = _equal_split(paged.batch, k_rows.shape[0])
-        lengths = [
-            old + end - start
-            for old, start, end in zip(paged.lengths, starts, starts[1:], strict=False)
-        ]
-        if max(lengths) < GROUP_TOKENS:
-            return
-        keys = [
-            torch.cat([paged.exact_keys(row), k_rows[starts[row] : starts[row + 1]]])
-            if paged.lengths[row]
-            else k_rows[starts[row] : starts[row + 1]]
-            for row in range(paged.batch)
-        ]
-        variance, moment = key_variance(keys), queries.moment(paged.kv_heads)
-        self.queries = None
-        if variance is None or moment is None:
-            return
-        query_ms = moment.diagonal(dim1=1, dim2=2)
-        if not bool(torch.isfinite(variance + query_ms).all()):
-            self.queries = QueryStatistics()  # `append` is about to refuse these tokens
-            return
-        paged.balance = balance_factors(variance, query_ms)
-        self.shared.balances[self.index] = paged.balance
-        paged.feedback = feedback_factors(moment, paged.balance)
-        self.shared.feedbacks[self.index] = paged.feedback
+            starts = _equal_split(self.paged.batch, k_rows.shape[0])
+        if self.measuring.measure(self.paged, k_rows, v_rows, starts):
+            self.measuring = None
 
     # -- reading dense -------------------------------------------------------------------------
 
@@ -295,9 +269,9 @@ class OscarLayer(CacheLayerMixin):  # type: ignore[misc]
     # -- changing ------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forgets all tokens; a measured balance stays."""
+        """Forgets all tokens, and what was measured on them; a calibration that was given stays."""
         self._clear()
-        self.shared.refused = ""
+        self.shared.refused, self.shared.evidence = "", 1.0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest -tokens_to_remove columns (the argument is zero or negative).

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
+from ..calibration import Calibration
 from ..plan import SharedPlans
 from .columns import StepMemo
 
@@ -21,8 +20,9 @@ class Shared:
     sinks: int
     measure: bool  # balance="auto"
     strict: bool = False  # position alone decides which copy a query reads
-    balances: dict[int, Tensor] = field(default_factory=dict)  # layer -> f32 [kv_heads, head_dim]
-    feedbacks: dict[int, Tensor] = field(default_factory=dict)  # layer -> f16, see feedback.py
+    first: int = 0  # index of the first packed layer
+    evidence: float = 1.0  # of the text being measured, by all layers so far (calibration.py)
+    given: dict[int, Calibration] = field(default_factory=dict)  # by layer, of a Balance
     keep_pending: bool = False  # later layers read this layer's K and V (KV sharing)
     dequantizations: int = 0
     refused: str = ""  # why a layer refused tokens that earlier layers may hold already

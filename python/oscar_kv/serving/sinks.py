@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..calibration import Calibration
 from ..rotate import channel_signs, hadamard
 from .layout import SINKS, TILE_TOKENS
 
@@ -73,7 +74,7 @@ def _tile(head_dim: int, format: str, device: torch.device) -> _Tile:
         "level_mask": torch.tensor([[127], [255]], dtype=torch.uint8),
         "levels": torch.where(byte > 0, torch.exp2(byte / 8 - 16), 0.0),
         "v_mid": v_mids + at[:, None],
-        "steps": torch.stack([(byte & 15) / 15, ((byte >> 4) - 7) / 7]),
+        "steps": torch.stack([(2 + (byte >> 6 & 1) << (byte >> 7)) / 6, ((byte & 63) - 31) / 31]),
         "places": torch.arange(8, dtype=torch.uint8),
         "rotation": hadamard(torch.eye(head_dim)) * channel_signs(head_dim),
     }
@@ -103,20 +104,27 @@ def unpack_first(tiles: Tensor, head_dim: int, format: str) -> Tensor:
 
 
 def restore_sinks(
-    pages: Tensor, exact: Tensor, first: Tensor, slot: Tensor, format: str, balance: Tensor | None
+    pages: Tensor,
+    exact: Tensor,
+    first: Tensor,
+    slot: Tensor,
+    format: str,
+    calibration: Calibration,
 ) -> None:
     """Writes the sinks of requests into their exact memory, as their packed copies read.
 
     pages uint8 ``[pages, kv_heads, tiles, tile_bytes]``; exact ``[slots, planes, kv_heads, rows,
     head_dim]``; first int64 ``[requests]``: page of token 0; slot int64 ``[requests,
-    exact_blocks]``; balance float32 ``[kv_heads, head_dim]`` or None.
+    exact_blocks]``; calibration: what the pages were packed with.
     """
     head_dim = exact.shape[-1]
     # [requests, kv_heads, 2, SINKS, head_dim]
     sinks = unpack_first(pages[first, :, 0], head_dim, format)
     sinks = sinks @ _tile(head_dim, format, pages.device).rotation
-    if balance is not None:
-        sinks[:, :, _K] *= balance[:, None]
+    if calibration.balance is not None:
+        sinks[:, :, _K] *= calibration.balance[:, None]
+    if calibration.center is not None:
+        sinks[:, :, _K] += calibration.center[:, None]
     sinks = sinks.to(exact.dtype)
     halves = 2 if slot.shape[1] == 4 else 1
     rows = SINKS // halves

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .. import _core
 from ..auto_balance import balance_file
+from ..calibration import Calibration
 from ..device import FaultWord
-from ..measured import Measured, Rank
+from ..measured import Rank, layer_calibration
 from ..plan import SharedPlans, StepPlans
 from ..serving.layout import SINKS, WINDOW
 from ..serving.sinks import restore_sinks
@@ -55,7 +56,7 @@ class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
         self._config = runner.model_config.hf_config
         given = os.environ.get(BALANCE)
         self._balance = balance_file(given, runner.model_config.model_path) if given else None
-        self._measured: dict[int, Measured] = {}
+        self._measured: dict[int, Calibration] = {}
         self._arrays: dict[tuple[int, int], _core.CacheArrays] = {}
         self._step: Step | None = None
         self._steps = 0  # so far
@@ -117,17 +118,17 @@ class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
         for index in range(self.pool.layer_num):
             layer = self.pool.start_layer + index
             pages, exact = self.pool.layer(layer)
-            restore_sinks(pages, exact, first, slot, self.format, self._of_layer(layer).balance)
+            restore_sinks(pages, exact, first, slot, self.format, self._of_layer(layer))
 
-    def _of_layer(self, layer: int) -> Measured:
-        """Balance and error feedback, read at the first use of a layer."""
+    def _of_layer(self, layer: int) -> Calibration:
+        """The calibration of a layer, read at its first use."""
         if layer not in self._measured:
             parallel, shape = get_parallel(), self.pool.shape
             rank = Rank(shape.kv_heads, parallel.attn_tp_rank, parallel.attn_tp_size)
             self._measured[layer] = (
-                Measured.of_file(self._balance, self._config, layer, rank, str(self.device))
+                layer_calibration(self._balance, self._config, layer, rank, str(self.device))
                 if self._balance
-                else Measured()
+                else Calibration()
             )
         return self._measured[layer]
 
@@ -182,7 +183,6 @@ class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
         key = (layer, step.slot.shape[0])
         if key not in self._arrays:
             pages, exact = self.pool.layer(layer)
-            fixed = self._of_layer(layer)
             self._arrays[key] = _core.CacheArrays(
                 pages,
                 exact,
@@ -190,7 +190,6 @@ class OscarAttnBackend(AttentionBackend):  # type: ignore[misc]
                 step.slot,
                 step.context,
                 step.exact_from,
-                fixed.balance,
-                fixed.feedback,
+                *self._of_layer(layer).arrays(),
             )
         return self._arrays[key]

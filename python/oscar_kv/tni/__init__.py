@@ -6,6 +6,7 @@ Source: OScaR, arXiv 2605.19660. ``measure`` runs a model once; ``save_html`` dr
 """
 
 from .capture import measure
+from .constant import Constant, constants
 from .measure import LayerMeasure, LayerTensors, Measurement, Settings, measure_layer
 from .modality import Modality, modalities, token_kinds
 from .report import save_html
@@ -13,6 +14,7 @@ from .summary import as_dict, findings
 from .tokens import Outlier, Token, find_outliers, label_tokens
 
 __all__ = [
+    "Constant",
     "LayerMeasure",
     "LayerTensors",
     "Measurement",
@@ -21,6 +23,7 @@ __all__ = [
     "Settings",
     "Token",
     "as_dict",
+    "constants",
     "find_outliers",
     "findings",
     "label_tokens",

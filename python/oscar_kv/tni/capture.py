@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..balance import GROUP_TOKENS, Balance, QueryStatistics
-from .measure import LayerMeasure, LayerTensors, Measurement, Settings, measure_layer
+from ..balance import Balance
+from ..calibration import GROUP_TOKENS
+from .measure import (
+    LayerMeasure,
+    LayerTensors,
+    Measurement,
+    Settings,
+    measure_layer,
+    measured_calibration,
+)
 from .tokens import Token
 
 if TYPE_CHECKING:
@@ -36,10 +44,6 @@ def visiting_cache(config: Any, visit: Visitor) -> OscarCache:
         def __init__(self, index: int, shared: Shared) -> None:
             super().__init__(index, shared)
             self.visited = False
-
-        def lazy_initialization(self, key_states: Tensor, value_states: Any = None) -> None:
-            super().lazy_initialization(key_states, value_states)
-            self.queries = QueryStatistics()  # asks the attention function to show its queries
 
         def observe(self, query: Tensor, step: Any) -> None:
             # A layer that others share K and V with is asked again, with their queries.
@@ -88,10 +92,11 @@ def measure(
 ) -> Measurement:
     """Measures one sequence: input_ids int64 [1, tokens], at least 32.
 
-    tokens: one a column, from `label_tokens`. balance: factors for the cache; None measures them on
-    this text, as a cache does. forward_kwargs: further arguments of the forward pass (pixel_values
-    and so on). The model is left as it was. Raises ValueError for a model that cannot be packed,
-    more than one sequence, a text that is too short, and tokens of another number.
+    tokens: one a column, from `label_tokens`. balance: balance and centers for the cache; None
+    measures them on this text, as a cache does. forward_kwargs: further arguments of the forward
+    pass (pixel_values and so on). The model is left as it was. Raises ValueError for a model that
+    cannot be packed, more than one sequence, a text that is too short, and tokens of another
+    number.
     """
     from ..hf.install import attention_installed
 
@@ -108,13 +113,18 @@ def measure(
     if balance is not None:
         balance.check(model.config)
     found: list[LayerMeasure] = []
+    weight = 1.0  # evidence of the text, by all layers so far
     options: dict[int, dict[str, Any]] = {}
 
     def visit(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        nonlocal weight
         q, k, v = (x.detach().to("cpu", torch.float32) for x in (q, k, v))
-        factors = None if balance is None else balance.factors.get(layer)
         tensors = LayerTensors(q, k, v, **options.get(layer, {}))
-        found.append(measure_layer(layer, tensors, settings, factors))
+        if balance is not None and layer in balance.factors:
+            calibration = balance.of_layer(layer)
+        else:
+            calibration, weight = measured_calibration(tensors, weight)
+        found.append(measure_layer(layer, tensors, settings, calibration))
 
     with attention_installed(model):
         options = _score_options(model)

@@ -1,22 +1,35 @@
 # SPDX-FileCopyrightText: 2026 The oscar-kv authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of one layer: norms, imbalance, channel ranges, and the error of each step.
+"""What is measured of one layer: norms, imbalance, ranges, constant parts, errors by step.
 
 The paper (arXiv 2605.19660) shows token norms and bounds a group's error by their range in the
 group. Our measure of imbalance is that range without its unit: per group of 32 tokens
 ``(max norm - min norm) / median norm``; beside it stand max / min and max / median. Groups start at
 the first token of the sequence, as in the cache; tokens after the last complete group are not
 packed and not measured.
+
+The constant part of a head's keys is their mean c, measured as |c| over the root mean square length
+of the rest of a key. What it costs is the step of the mids: a group stores its channels' mids in
+steps of the largest |mid| / 31, and a mid is off by up to half a step, so that the codes of a
+channel must span its range and a step (docs/format.md). Hence "mid step / range": that step over
+the median range (max - min) of the group's channels, mean over groups.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ..balance import GROUP_TOKENS, QueryStatistics, balance_factors, key_variance
+from ..calibration import (
+    GROUP_TOKENS,
+    Calibration,
+    QueryStatistics,
+    calibrate_layer,
+    center_ratio,
+    evidence,
+)
 from .quantize import COMBINATIONS, Steps, format_bits, read_packed, transform
 from .tokens import Token
 
@@ -32,11 +45,12 @@ STAGES = {
     "as it comes": Steps(False, False, False),
     "balanced": Steps(True, False, False),
     "balanced, rotated": Steps(True, True, False),
-    "balanced, rotated, token-scaled": Steps(True, True, True),
+    "as packed (centered and token-scaled too)": Steps(True, True, True, True),
 }
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 _SCALING = (Steps(False, True, False), Steps(False, True, True))  # of scaling_errors
 _LEAST = 1e-8  # of a group's largest norm: what stands for 0, so that ratios stay finite
+_MID_STEPS = 31  # of a K mid: 6 bits with a sign
 
 
 @dataclass(frozen=True)
@@ -89,8 +103,9 @@ class LayerMeasure:
     errors [combination, 2, metric, kv_heads]: axis 1 is 0 with every packed token read packed, 1
     with the first `sinks` tokens read exactly. token_errors [combination, tokens]: relative error
     of each token's K, mean over heads. scaling_errors float16 [2, kv_heads, tokens]: the same by
-    head for the paper's steps, rotation without and with token scaling. balance [kv_heads,
-    head_dim]: the factors used.
+    head for the paper's steps, rotation without and with token scaling. constant [kv_heads]: |c|
+    over the rest, at most 1e8. mid_steps [2, kv_heads]: mid step / range of balanced, rotated keys
+    over their norms, before the center and after. calibration: what was used, without feedback.
     """
 
     layer: int
@@ -99,7 +114,14 @@ class LayerMeasure:
     errors: Tensor
     token_errors: Tensor
     scaling_errors: Tensor
-    balance: Tensor
+    constant: Tensor
+    mid_steps: Tensor
+    calibration: Calibration
+
+    def centered(self) -> Tensor:
+        """Which heads have a center, bool [kv_heads]."""
+        center = self.calibration.center
+        return torch.zeros(len(self.norms)).bool() if center is None else center.any(-1)
 
     def quantiles(self) -> Tensor:
         """QUANTILES of the norms: [kv_heads, 7]."""
@@ -167,20 +189,23 @@ def max_over_median(norms: Tensor) -> Tensor:
     return _grouped(relative_norms(norms)).amax(-1)
 
 
-def measured_balance(q: Tensor, k: Tensor) -> Tensor:
-    """The factors that the cache would measure on this prompt, [kv_heads, head_dim]."""
+def measured_calibration(tensors: LayerTensors, most: float = 1.0) -> tuple[Calibration, float]:
+    """What the cache would measure on this prompt, and the evidence of the text for it.
+
+    most: the evidence of the layers before; a layer has no more than those.
+    """
+    q, k, v = (x.float().transpose(0, 1) for x in (tensors.q, tensors.k, tensors.v))
     seen = QueryStatistics()
-    seen.observe(q.transpose(0, 1))
-    variance, query_ms = key_variance([k.transpose(0, 1)]), seen.mean_square(k.shape[0])
-    assert variance is not None and query_ms is not None  # a complete group was checked
-    return balance_factors(variance, query_ms)
+    seen.observe(q)
+    weight = min(most, evidence([v]))
+    return calibrate_layer([k], seen, weight) or Calibration(), weight
 
 
-def channel_ranges(k: Tensor, balance: Tensor) -> Tensor:
+def channel_ranges(k: Tensor, calibration: Calibration) -> Tensor:
     """LayerMeasure.ranges of k [kv_heads, tokens, head_dim]: what sets the quantiser's steps."""
     stages = []
     for steps in STAGES.values():
-        y = transform(k, steps, balance)
+        y = transform(k, steps, calibration)
         groups = y.unflatten(1, (-1, GROUP_TOKENS))
         spread = (groups.amax(2) - groups.amin(2)).mean(1)
         rms = y.square().mean((1, 2)).sqrt()[:, None]
@@ -188,10 +213,32 @@ def channel_ranges(k: Tensor, balance: Tensor) -> Tensor:
     return torch.stack(stages)
 
 
+def mid_steps(k: Tensor, calibration: Calibration) -> Tensor:
+    """LayerMeasure.mid_steps of k [kv_heads, tokens, head_dim]."""
+    found = []
+    for center in (False, True):
+        y = transform(k, Steps(True, True, False, center), calibration)
+        rms = y.square().mean(-1, keepdim=True).sqrt()
+        # As norms are stored: where the constant is large, what their rounding leaves of it is a
+        # good part of a channel's range.
+        norm = torch.exp2(torch.round(8 * rms.log2()) / 8)
+        groups = torch.where(rms > 0, y / norm, 0.0).unflatten(1, (-1, GROUP_TOKENS))
+        low, high = groups.amin(2), groups.amax(2)
+        step = (0.5 * (high + low)).abs().amax(-1) / _MID_STEPS
+        width = (high - low).quantile(0.5, dim=-1)
+        found.append(_ratio(step, width).mean(-1))
+    return torch.stack(found)
+
+
+def _ratio(x: Tensor, unit: Tensor) -> Tensor:
+    """x / unit, at most 1e8; 0 where both are."""
+    return torch.where(x > 0, (x / unit).clamp(max=1 / _LEAST), 0.0)
+
+
 def measure_layer(
-    layer: int, tensors: LayerTensors, settings: Settings, balance: Tensor | None = None
+    layer: int, tensors: LayerTensors, settings: Settings, calibration: Calibration | None = None
 ) -> LayerMeasure:
-    """Measures a layer; balance [kv_heads, head_dim], None: measured on these tensors.
+    """Measures a layer; without a calibration it is measured on these tensors.
 
     Raises ValueError for fewer than 32 tokens and for K or V that are not finite.
     """
@@ -201,13 +248,15 @@ def measure_layer(
     q, k, v = (x[:, :tokens].float() for x in (tensors.q, tensors.k, tensors.v))
     if not bool(torch.isfinite(k).all() and torch.isfinite(v).all()):
         raise ValueError(f"layer {layer}: K or V is not finite")
-    factors = measured_balance(q, k) if balance is None else balance
+    if calibration is None:
+        calibration, _ = measured_calibration(tensors)
+    calibration = replace(calibration, feedback=None)
     attention = _Attention(tensors, q, k, v, settings)
     errors = torch.zeros(len(COMBINATIONS), 2, len(METRICS), k.shape[0])
     token_errors = torch.zeros(len(COMBINATIONS), tokens)
     scaling_errors = torch.zeros(2, *k.shape[:2], dtype=torch.float16)
     for row, steps in enumerate(COMBINATIONS):
-        read_k, read_v = read_packed(k, v, steps, factors, settings.format)
+        read_k, read_v = read_packed(k, v, steps, calibration, settings.format)
         by_token = _relative(k, read_k)
         token_errors[row] = by_token.mean(0)
         if steps in _SCALING:
@@ -224,11 +273,13 @@ def measure_layer(
     return LayerMeasure(
         layer=layer,
         norms=torch.linalg.vector_norm(k, dim=-1),
-        ranges=channel_ranges(k, factors),
+        ranges=channel_ranges(k, calibration),
         errors=errors,
         token_errors=token_errors,
         scaling_errors=scaling_errors,
-        balance=factors,
+        constant=center_ratio([k.transpose(0, 1)])[1].clamp(max=1 / _LEAST),
+        mid_steps=mid_steps(k, calibration),
+        calibration=calibration,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..balance import GROUP_TOKENS
+from ..calibration import GROUP_TOKENS
 from .measure import Measurement
 from .quantize import COMBINATIONS
 

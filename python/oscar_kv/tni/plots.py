@@ -83,7 +83,7 @@ def token_map(measured: Measurement) -> Figure:
         extent = (-0.5, end - 0.5, -0.5, rows - 0.5)
         image = axis.imshow(data.numpy(), extent=extent, **options)
         axis.set_ylabel("layer")
-        _layer_ticks(axis.yaxis, measured)
+        layer_ticks(axis.yaxis, measured)
     _ratio_bar(figure, image, [top, bottom], limit)
     labels = [plain(token, 8) for token in measured.tokens[:first]]
     top.set_xticks(range(first), labels, rotation=90, fontsize=7)
@@ -95,7 +95,8 @@ def token_map(measured: Measurement) -> Figure:
     return figure
 
 
-def _layer_ticks(axis: Any, measured: Measurement) -> None:
+def layer_ticks(axis: Any, measured: Measurement) -> None:
+    """Names the layers on an axis that counts the measured ones."""
     names = [layer.layer for layer in measured.layers]
     step = -(-len(names) // 16)
     axis.set_ticks(range(0, len(names), step), [str(name) for name in names[::step]])
@@ -138,7 +139,7 @@ def imbalance_map(measured: Measurement) -> Figure:
     figure = new_figure(12, min(1.4 + 0.38 * kv_heads, 8))
     axis = figure.subplots()
     image = axis.imshow(mean.numpy(), cmap="viridis", aspect="auto", vmin=0, origin="lower")
-    _layer_ticks(axis.xaxis, measured)
+    layer_ticks(axis.xaxis, measured)
     axis.set(xlabel="layer", ylabel="KV head", yticks=range(0, kv_heads, -(-kv_heads // 8)))
     figure.colorbar(image, ax=axis, pad=0.01).set_label("(max - min) / median")
     if kv_heads * layers <= 320 and layers <= 40:
@@ -173,7 +174,7 @@ def norm_distribution(measured: Measurement) -> Figure:
         axis.plot([], [], color=colors[head], linewidth=4, label=f"KV head {head}")
     if series > 1:
         axis.legend(fontsize="small", ncols=series, loc="best")
-    _layer_ticks(axis.xaxis, measured)
+    layer_ticks(axis.xaxis, measured)
     axis.set(xlabel="layer", ylabel="key norm (log scale)")
     axis.margins(x=0.01)
     plain_log_axis(axis)

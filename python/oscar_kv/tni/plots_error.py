@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..balance import GROUP_TOKENS
+from ..calibration import CENTER_RATIO, GROUP_TOKENS
+from .constant import COARSE
 from .measure import METRICS, STAGES, Measurement
-from .plots import new_figure, plain_log_axis
+from .plots import layer_ticks, new_figure, plain_log_axis
 from .quantize import COMBINATIONS
 from .summary import STORY, error
 from .tokens import OUTLIER_RATIO
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _PACKED, _EXACT = "#c1652f", "#3a7ca5"
 _MAX_POINTS = 6000  # of a scatter plot
 _LEAST_POINTS = 5  # of a median
+_LEAST_SHOWN = 1e-3  # on a logarithmic axis: what stands for 0
 _STAGE_COLORS = ("0.35", "#d08c1f", "#7a5fa8", "#1b7f5c")
 
 
@@ -54,6 +56,38 @@ def channel_ranges(measured: Measurement) -> Figure:
     axes[0].set_ylabel("range in a group / rms of the head")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    return figure
+
+
+def constant_parts(measured: Measurement) -> Figure:
+    """Every head by layer: |c| over the rest, and the step of its mids before the center and after.
+
+    Heads with a center are drawn larger, a line joining before and after.
+    """
+    ratio = torch.stack([layer.constant for layer in measured.layers])
+    steps = torch.stack([layer.mid_steps for layer in measured.layers], 1)
+    centered = torch.stack([layer.centered() for layer in measured.layers])
+    layers, kv_heads = ratio.shape
+    offset = 0.7 * ((torch.arange(kv_heads) + 0.5) / kv_heads - 0.5)
+    x = torch.arange(layers)[:, None] + offset
+    figure = new_figure(12, 4)
+    left, right = figure.subplots(1, 2)
+    sizes = torch.where(centered, 45, 9).numpy()
+    left.scatter(x.numpy(), ratio.clamp(min=_LEAST_SHOWN).numpy(), sizes, _PACKED)
+    left.axhline(CENTER_RATIO, color="0.4", linestyle="--", linewidth=1)
+    left.set(title="|c| / rest (line: from here on a head has a center)")
+    before, after = steps.clamp(min=_LEAST_SHOWN)
+    ends = torch.stack([before[centered], after[centered]])
+    right.plot(x[centered].expand(2, -1).numpy(), ends.numpy(), color="0.7", linewidth=1, zorder=1)
+    right.scatter(x.numpy(), before.numpy(), sizes, _PACKED, label="before the center")
+    right.scatter(x.numpy(), after.numpy(), sizes, _EXACT, label="with it, or without a center")
+    right.axhline(COARSE, color="0.4", linestyle="--", linewidth=1)
+    right.set(title="mid step / range (line: codes are widened by up to a third)")
+    right.legend(fontsize="small")
+    for axis in (left, right):
+        axis.set_xlabel("layer")
+        layer_ticks(axis.xaxis, measured)
+        plain_log_axis(axis)
     return figure
 
 

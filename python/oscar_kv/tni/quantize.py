@@ -3,18 +3,19 @@
 """The packed format with each step before quantisation on or off.
 
 The arithmetic is that of the format's torch twin: with all steps on it reads as the packed cache
-without error feedback, so an error reported for "without X" differs from that by X alone.
+without error feedback, so an error reported for "without X" differs from that by X alone. Balance
+and center are applied here, before the twin, since it would measure its own.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from ..balance import GROUP_TOKENS
+from ..calibration import GROUP_TOKENS, Calibration
 from ..eval.codec import LayerInput
 from ..eval.twin import Twin
 from ..rotate import channel_signs, hadamard
@@ -22,24 +23,31 @@ from ..rotate import channel_signs, hadamard
 
 @dataclass(frozen=True)
 class Steps:
-    """What is done to K before it is quantised. V knows the rotation only."""
+    """What is done to K before it is quantised. V knows the rotation only.
+
+    center: the constant part of heads that have one is taken off.
+    """
 
     balance: bool
     rotation: bool
     scaling: bool
+    center: bool = False
 
     @property
     def name(self) -> str:
         """Such as "balance + rotation"; "none"; "all"."""
-        on = [name for name in ("balance", "rotation", "scaling") if getattr(self, name)]
-        return {0: "none", 3: "all"}.get(len(on), " + ".join(on))
+        on = [field.name for field in fields(self) if getattr(self, field.name)]
+        return {0: "none", 4: "all"}.get(len(on), " + ".join(on))
 
 
-#: Every combination, from none to all.
-COMBINATIONS = sorted(
-    (Steps(*flags) for flags in itertools.product((False, True), repeat=3)),
-    key=lambda steps: (steps.balance + steps.rotation + steps.scaling, steps.scaling),
-)
+#: Every combination of the first three, from none on; then all four.
+COMBINATIONS = [
+    *sorted(
+        (Steps(*flags) for flags in itertools.product((False, True), repeat=3)),
+        key=lambda steps: (steps.balance + steps.rotation + steps.scaling, steps.scaling),
+    ),
+    Steps(balance=True, rotation=True, scaling=True, center=True),
+]
 
 
 def format_bits(format: str) -> tuple[int, int]:
@@ -51,12 +59,13 @@ def format_bits(format: str) -> tuple[int, int]:
     return int(format[1]), int(format[3])
 
 
-def transform(k: Tensor, steps: Steps, balance: Tensor) -> Tensor:
+def transform(k: Tensor, steps: Steps, calibration: Calibration) -> Tensor:
     """K [kv_heads, tokens, head_dim] as the quantiser gets it, norms of rows factored out exactly.
 
-    balance: [kv_heads, head_dim].
+    Where the calibration has no balance or no center, that step changes nothing.
     """
-    y = k / balance[:, None] if steps.balance else k
+    factor, offset = _factor_and_offset(steps, calibration)
+    y = (k - offset) / factor
     if steps.rotation:
         y = hadamard(y * channel_signs(k.shape[-1]))
     if steps.scaling:
@@ -65,14 +74,22 @@ def transform(k: Tensor, steps: Steps, balance: Tensor) -> Tensor:
     return y
 
 
+def _factor_and_offset(steps: Steps, calibration: Calibration) -> tuple[Tensor, Tensor]:
+    """What K is divided by and what is taken off it before, for [kv_heads, tokens, head_dim]."""
+    balance, center = calibration.balance, calibration.center
+    factor = balance[:, None] if steps.balance and balance is not None else torch.ones(1)
+    offset = center[:, None] if steps.center and center is not None else torch.zeros(1)
+    return factor, offset
+
+
 def read_packed(
-    k: Tensor, v: Tensor, steps: Steps, balance: Tensor, format: str
+    k: Tensor, v: Tensor, steps: Steps, calibration: Calibration, format: str
 ) -> tuple[Tensor, Tensor]:
     """What a reader of packed K and V gets, in the basis of k and v.
 
     k, v: float32 [kv_heads, tokens, head_dim], tokens a multiple of 32 (else ValueError); groups
     from the first token on. Without token scaling all norms are 1; without rotation the quantiser
-    sees the plain channels. balance: [kv_heads, head_dim].
+    sees the plain channels. Feedback of the calibration is not used.
     """
     tokens = k.shape[1]
     if tokens % GROUP_TOKENS:
@@ -82,9 +99,12 @@ def read_packed(
         k_bits=k_bits,
         v_bits=v_bits,
         norm="head" if steps.scaling else "none",
-        balance="none",  # given: applied here
+        balance="none",  # given, as the center: both are applied here
+        center="none",
         rotate=int(steps.rotation),
+        feedback="none",
     )
-    factor = balance[:, None] if steps.balance else torch.ones(1)
-    codes = twin.encode(LayerInput(layer=0, prompt=tokens, q=k[:0], k=k / factor, v=v))
-    return codes.k * factor, codes.v
+    factor, offset = _factor_and_offset(steps, calibration)
+    plain = (k - offset) / factor
+    codes = twin.encode(LayerInput(layer=0, prompt=tokens, q=k[:0], k=plain, v=v))
+    return codes.k * factor + offset, codes.v

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plots, plots_error
+from .constant import COARSE, COLUMNS, constants
 from .measure import Measurement
 from .modality import modalities
 from .summary import STORY, findings, frequent_texts, heads, outliers, token_error
@@ -37,9 +38,10 @@ than the others, the steps grow and the others lose detail; a token with much sm
 between two steps and is lost itself. The paper OScaR (arXiv 2605.19660) calls this token norm
 imbalance. Its two remedies are a rotation, which spreads single large channels over all, and token
 scaling, which divides every key by its norm and keeps the norm apart. Our format adds a balance of
-keys against queries. This page shows how much of that a model has on a text, and what each step
-mends. A token is called an outlier where its norm is below 1/{OUTLIER_RATIO:.0f} or above
-{OUTLIER_RATIO:.0f} times the median of its group."""
+keys against queries, and a center: the constant part of a head's keys, taken off where it is
+large. This page shows how much of that a model has on a text, and what each step mends. A token is
+called an outlier where its norm is below 1/{OUTLIER_RATIO:.0f} or above {OUTLIER_RATIO:.0f} times
+the median of its group."""
 
 #: (title, picture, explanation), in the order of the page.
 _SECTIONS: list[tuple[str, Callable[[Measurement], Figure], str]] = [
@@ -79,6 +81,16 @@ _SECTIONS: list[tuple[str, Callable[[Measurement], Figure], str]] = [
         """The range that the quantiser must cover in a group (mean over groups), in units of the
         head's rms. Peaks are channel outliers: their steps are coarse. Rotation flattens them;
         token scaling then takes away what differences between tokens add.""",
+    ),
+    (
+        "The constant part of keys",
+        plots_error.constant_parts,
+        f"""Every dot is a head. Left: the length of its mean key c over that of the rest of a key
+        (root mean square). Right: a group stores the mids of its channels in steps of the largest
+        |mid| / 31; the dot is that step over the median range of a channel, mean over groups. A mid
+        is off by up to half a step, so codes must span a channel's range and that step: from
+        {COARSE} on they grow by up to a third. A center takes c off before norms and mids are
+        measured. Large dots are heads that have one.""",
     ),
     (
         "What each step mends",
@@ -131,6 +143,8 @@ def _page(measured: Measurement) -> Iterator[str]:
             yield from _token_tables(measured)
         if draw is plots.imbalance_map:
             yield _head_table(measured)
+        if draw is plots_error.constant_parts:
+            yield _constant_table(measured)
     yield "</body></html>\n"
 
 
@@ -207,4 +221,12 @@ def _head_table(measured: Measurement) -> str:
     return _table(header, rows) + (
         "<p class='note'>The ten most imbalanced heads; the first figures are means over groups, "
         "smallest and largest are norm / group median of single tokens.</p>"
+    )
+
+
+def _constant_table(measured: Measurement) -> str:
+    rows = [row.cells() for row in constants(measured)[:10]]
+    return _table(COLUMNS, rows) + (
+        "<p class='note'>The ten heads with the coarsest mids before the center. Score error: root "
+        "mean square in nats, of tokens read packed.</p>"
     )

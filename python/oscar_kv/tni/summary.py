@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .constant import constant_findings, constants
 from .measure import (
     METRICS,
     QUANTILES,
@@ -27,7 +28,7 @@ STORY = {
     "none": "plain per-channel codes",
     "rotation": "rotation only",
     "rotation + scaling": "the paper's two steps",
-    "all": "with balance: our format",
+    "all": "with balance and center: our format",
 }
 _ROW = {steps.name: row for row, steps in enumerate(COMBINATIONS)}
 _METRIC = {name: column for column, name in enumerate(METRICS)}
@@ -141,6 +142,7 @@ def findings(measured: Measurement) -> list[str]:
             f"No token's norm is above {OUTLIER_RATIO:.0f} times its group's median (largest: "
             f"{float(ratios.max()):.2f})."
         )
+    sentences += constant_findings(measured)
     return sentences + _kind_findings(measured) + _step_findings(measured)
 
 
@@ -168,9 +170,10 @@ def _step_findings(measured: Measurement) -> list[str]:
     def path(metric: str) -> str:
         return ", ".join(f"{name} {mean(metric, name):.3f}" for name in STORY)
 
-    without, with_balance = mean("k", "rotation + scaling"), mean("k", "all")
+    paper, balanced = "rotation + scaling", "balance + rotation + scaling"
+    without, with_balance = mean("k", paper), mean("k", balanced)
     note = ""
-    if with_balance > without and mean("score", "all") < mean("score", "rotation + scaling"):
+    if with_balance > without and mean("score", balanced) < mean("score", paper):
         note = (
             f" Balance raises the plain error of K ({without:.3f}, with it {with_balance:.3f}) and "
             "lowers that of the scores: it moves error to channels that queries hardly look at."
@@ -196,6 +199,7 @@ def as_dict(measured: Measurement) -> dict[str, Any]:
         "layers": [layer.layer for layer in measured.layers],
         "findings": findings(measured),
         "heads": [asdict(head) for head in heads(measured)],
+        "constants": [asdict(head) for head in constants(measured)],
         "norm_quantiles": {
             str(layer.layer): dict(
                 zip(map(str, QUANTILES), layer.quantiles().T.tolist(), strict=True)

@@ -18,7 +18,7 @@ from ..serving.layout import SINKS, WINDOW, exact_dtype, format_of
 from ..serving.sinks import restore_sinks
 from ..serving.step import LayerSettings, run_step
 from .ledger import Ledger
-from .measured import measured_of_layer
+from .measured import calibration_of_layer
 from .metadata import OscarMetadata
 from .refuse import check_cache, check_engine, check_layer
 from .ring import insert_rings, planned_block_tokens
@@ -85,7 +85,9 @@ class OscarImpl(AttentionImpl):  # type: ignore[misc]
         """Adds the ring layers; called again when weights are reloaded."""
         main, self.ledger = insert_rings(self.vllm_config, self, self.geometry)
         main.attn_backend = self.backend()
-        self.measured = measured_of_layer(self.vllm_config, main.layer_name, self.geometry)
+        given = (self.vllm_config, main.layer_name, self.geometry)
+        self.calibration = calibration_of_layer(*given)
+        self._fixed = self.calibration.arrays()
 
     def do_kv_cache_update(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `forward` has the order of packing, attending and writing rows."""
@@ -134,9 +136,9 @@ class OscarImpl(AttentionImpl):  # type: ignore[misc]
         if self._handed_over is None or self._handed_over[0] != key:
             pages, exact = self._cache_views(kv_cache)
             batch = (step.slot, step.context, step.exact_from)
-            fixed = (self.measured.balance, self.measured.feedback)
             both = [
-                _core.CacheArrays(pages, exact, x, *batch, *fixed) for x in (step.pack_table, table)
+                _core.CacheArrays(pages, exact, x, *batch, *self._fixed)
+                for x in (step.pack_table, table)
             ]
             self._handed_over = (key, (both[0], both[1]))
         return self._handed_over[1]
@@ -144,7 +146,7 @@ class OscarImpl(AttentionImpl):  # type: ignore[misc]
     def restore(self, kv_cache: Tensor, first: Tensor, slot: Tensor) -> None:
         """Sinks of requests that start with a prefix hit (sinks.py)."""
         pages, exact = self._cache_views(kv_cache)
-        restore_sinks(pages, exact, first, slot, self.format, self.measured.balance)
+        restore_sinks(pages, exact, first, slot, self.format, self.calibration)
 
     def _cache_views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         address = kv_cache.data_ptr()

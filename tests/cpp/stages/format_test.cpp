@@ -46,6 +46,21 @@ TEST(Format, SignsAreBalanced) {
   EXPECT_LT(negative, kMaxHeadDim * 3 / 5);
 }
 
+TEST(Format, VersionAndKeyScales) {
+  EXPECT_EQ(kFormatVersion, 2);
+  EXPECT_EQ(key_scale_steps(0), 2);
+  EXPECT_EQ(key_scale_steps(1), 3);
+  EXPECT_EQ(key_scale_steps(2), 4);
+  EXPECT_EQ(key_scale_steps(kMaxScaleIndex), kMaxScaleSteps);
+  for (int i = 0; i < kMaxScaleIndex; ++i) {
+    EXPECT_EQ(key_scale_bound(2, i),
+              0.5f * static_cast<float>(key_scale_steps(i) + key_scale_steps(i + 1)));
+  }
+  EXPECT_EQ(key_scale_bound(4, 0), 2.25f);
+  EXPECT_EQ(key_scale_bound(4, 1), 3.25f);
+  EXPECT_EQ(key_scale_bound(4, 2), 4.5f);
+}
+
 TEST(Format, OnlyListedShapes) {
   EXPECT_TRUE(is_head_dim(32) && is_head_dim(80) && is_head_dim(256));
   EXPECT_FALSE(is_head_dim(16) || is_head_dim(72) || is_head_dim(272) || is_head_dim(0));

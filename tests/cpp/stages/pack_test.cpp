@@ -29,8 +29,8 @@ Tile random_tile(const TileLayout& layout, unsigned seed) {
     tile.v_mids[t] = static_cast<std::int8_t>(below(255) - 127);
   }
   for (int c = 0; c < layout.head_dim; ++c) {
-    tile.k_scales[c] = static_cast<std::uint8_t>(below(15) + 1);
-    tile.k_mids[c] = static_cast<std::int8_t>(below(15) - 7);
+    tile.k_scales[c] = static_cast<std::uint8_t>(below(4));
+    tile.k_mids[c] = static_cast<std::int8_t>(below(63) - 31);
   }
   tile.k_max_scale = static_cast<std::uint16_t>(below(65536));
   tile.k_max_mid = static_cast<std::uint16_t>(below(65536));
@@ -134,13 +134,17 @@ TEST(Pack, Parameters) {
   Tile tile{};
   tile.k_scales[5] = 3;
   tile.k_mids[5] = -2;
+  tile.k_scales[6] = 1;
+  tile.k_mids[6] = 31;
   tile.k_norms[17] = 100;
   tile.v_scales[17] = 100;
   tile.v_mids[17] = -1;
   tile.k_max_scale = 0x1244;
   tile.k_max_mid = 0x5678;
   pack(layout, tile, bytes.data());
-  EXPECT_EQ(bytes[2048 + 5], 3 | 5 << 4);
+  EXPECT_EQ(bytes[2048 + 4], 31) << "the mid 0 and the smallest scale";
+  EXPECT_EQ(bytes[2048 + 5], 0b11'011101);
+  EXPECT_EQ(bytes[2048 + 6], 0b01'111110);
   const int position = 4 * 1 + 2;  // token 17
   EXPECT_EQ(bytes[2176 + position], 100);
   EXPECT_EQ(bytes[2208 + position], 0xff);

@@ -44,6 +44,7 @@ CacheSetup small_setup() {
   setup.capacity = {150, 70};
   setup.dtype = DType::kF32;
   setup.balance = true;
+  setup.center = 3.0f;
   return setup;
 }
 

@@ -54,8 +54,8 @@ CacheSetup make_setup(Format format, int head_dim, std::vector<int> tokens) {
 std::string describe(const CacheSetup& setup) {
   const Layout& layout = setup.layout;
   return std::string(name_of(layout.format)) + " head_dim " + std::to_string(layout.head_dim) +
-         " calls " + name_of(setup.dtype) + " exact " + name_of(layout.exact_dtype) + " seed " +
-         std::to_string(setup.seed);
+         " calls " + name_of(setup.dtype) + " exact " + name_of(layout.exact_dtype) + " center " +
+         std::to_string(setup.center) + " seed " + std::to_string(setup.seed);
 }
 
 TEST_P(AppendBytes, EqualReference) {
@@ -69,6 +69,8 @@ TEST_P(AppendBytes, EqualReference) {
         setup.layout.exact_dtype = kDTypes[(i + head_dim / 16) % 3];
         setup.balance = (head_dim / 16 + i) % 2 == 1;
         setup.feedback = i == 1;
+        setup.center = (head_dim / 16 + i) % 3 == 1 ? 2.0f : 0.0f;
+        setup.constant = i == 2 ? 20.0f : 0.0f;
         setup.gap = i == 0 ? 8 : 0;
         SCOPED_TRACE(describe(setup));
         CacheFixture expected(setup);
@@ -90,6 +92,7 @@ TEST_P(AppendBytes, EqualReferenceAtExtremes) {
         setup.dtype = DType::kF32;
         setup.layout.exact_dtype = seed % 2 == 0 ? DType::kF32 : DType::kF16;
         setup.seed = seed;
+        setup.center = seed % 3 == 2 ? std::exp2(5.0f * static_cast<float>(seed) - 20.0f) : 0.0f;
         SCOPED_TRACE(describe(setup));
         CacheFixture expected(setup);
         CacheFixture fixture(expected);

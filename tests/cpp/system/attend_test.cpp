@@ -47,9 +47,10 @@ struct Shape {
       << layout.kv_heads << " page " << layout.page_tokens << " window " << layout.window
       << " sinks " << layout.sinks << " exact " << name_of(layout.exact_dtype) << " in "
       << layout.exact_blocks << " blocks, k " << name_of(setup.dtype) << " q " << name_of(q_dtype)
-      << " out " << name_of(out_dtype) << " balance " << setup.balance << " softcap "
-      << options.softcap << " sliding " << options.sliding_window << " strict " << options.strict
-      << " logits " << !sink_logits.empty() << " spread " << spread;
+      << " out " << name_of(out_dtype) << " balance " << setup.balance << " center " << setup.center
+      << " constant " << setup.constant << " softcap " << options.softcap << " sliding "
+      << options.sliding_window << " strict " << options.strict << " logits "
+      << !sink_logits.empty() << " spread " << spread;
     for (std::size_t b = 0; b < history.size(); ++b) {
       s << " [" << history[b] << "+" << counts[b] << " from " << lost[b] << "]";
     }
@@ -104,6 +105,7 @@ Shape random_shape(std::uint32_t seed) {
   shape.spread = pick(random, {0.1f, 1.0f, 1.0f, 4.0f});
   layout.exact_blocks = layout.sinks % 2 == 0 ? pick(random, {1, 2, 4}) : pick(random, {1, 2});
   shape.setup.exact_gap = pick(random, {0, 64});
+  shape.setup.center = pick(random, {0.0f, 0.0f, 0.3f, 3.0f});
   return shape;
 }
 
@@ -171,7 +173,16 @@ Shape decode_shape(int head_dim, std::vector<int> history) {
 }
 
 // Long enough that a split of the tokens over threads happens.
-TEST_P(Attend, LongHistory) { check_shape(decode_shape(128, {5000, 17, 2049}), is_int8()); }
+TEST_P(Attend, LongHistory) {
+  for (const float center : {0.0f, 3.0f}) {
+    for (const float softcap : {0.0f, 20.0f}) {
+      Shape shape = decode_shape(128, {5000, 17, 2049});
+      shape.setup.center = center;
+      shape.options.softcap = softcap;
+      check_shape(shape, is_int8());
+    }
+  }
+}
 
 TEST_P(Attend, EveryHistoryLengthAroundTwoTiles) {
   std::vector<int> history(140);
@@ -185,6 +196,8 @@ TEST_P(Attend, EveryHeadDim) {
       Shape shape = decode_shape(head_dim, {130});
       shape.setup.layout.format = format;
       check_shape(shape, is_int8());
+      shape.setup.center = 3.0f;
+      check_shape(shape, is_int8());
     }
   }
 }
@@ -194,6 +207,10 @@ TEST_P(Attend, EveryGroupSize) {
     Shape shape = decode_shape(96, {200, 77});
     shape.setup.layout.kv_heads = 2;
     shape.q_heads = 2 * group;
+    check_shape(shape, is_int8());
+    shape.setup.center = 3.0f;
+    shape.options.softcap = group % 2 == 0 ? 20.0f : 0.0f;
+    shape.options.sliding_window = group % 3 == 0 ? 100 : 0;
     check_shape(shape, is_int8());
   }
 }

@@ -98,6 +98,36 @@ TEST_P(Mutation, EveryBitCounts) {
   }
 }
 
+// As above, for all of the bits that say what a channel's codes mean.
+TEST_P(Mutation, EveryParameterBitCounts) {
+  for (const Format format : kFormats) {
+    CacheFixture fixture(one_tile(format));
+    fixture.grow({32});
+    const Call call = fixture.next({1});
+    const Rows q = random_queries(fixture, 1, kQueryHeads, DType::kF32, 5);
+    const AttendOptions options{.scale = 0.25f};
+    const Expected truth = expected_attention(fixture, call, q, options);
+    const TileLayout layout = fixture.layout.tile();
+    auto* params = const_cast<std::uint8_t*>(fixture.tile(0, 0, 0)) + layout.k_params_offset();
+    const Result before = run_attend(fixture, call, q, options);
+    for (int bit = 0; bit < 8; ++bit) {
+      for (int c = 0; c < layout.head_dim; ++c) {
+        SCOPED_TRACE(::testing::Message() << name_of(format) << " channel " << c << " bit " << bit);
+        params[c] ^= static_cast<std::uint8_t>(1 << bit);
+        const Result result = run_attend(fixture, call, q, options);
+        EXPECT_GT(difference(flatten(before.out), flatten(result.out)), 1e-6);
+        // The float kernels are exact enough to be compared with what the tile says now.
+        const Expected expected = expected_attention(fixture, call, q, options);
+        EXPECT_LE(output_error(result.out, expected), is_int8() ? 5e-2 : 2e-5);
+        params[c] ^= static_cast<std::uint8_t>(1 << bit);
+        if (!is_int8()) {
+          EXPECT_GT(output_error(result.out, truth), 2e-5);
+        }
+      }
+    }
+  }
+}
+
 // The comparison of attend_test is sharp enough to see a wrong code: all codes of one token.
 TEST_P(Mutation, OracleSeesAWrongToken) {
   for (const Format format : kFormats) {

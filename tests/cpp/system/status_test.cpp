@@ -57,6 +57,11 @@ struct Arguments {
   [[nodiscard]] std::uint8_t* workspace_data() {
     return null_workspace ? nullptr : workspace.data() + workspace_offset;
   }
+  void set_center(float x) {
+    fixture.center.assign(64, kMaxInput);
+    fixture.center[40] = x;
+    cache.center = fixture.center.data();
+  }
   void set_key(float x) { poke(call.k, x); }
   void set_value(float x) { poke(call.v, x); }
   static void poke(Rows& target, float x) {
@@ -143,6 +148,9 @@ const Fault kCommonFaults[] = {
        a.fixture.balance.assign(64, kNaN);
        a.cache.balance = a.fixture.balance.data();
      }},
+    {"center[head 1, channel 8] is nan", [](Arguments& a) { a.set_center(kNaN); }},
+    {"center[head 1, channel 8] is -inf", [](Arguments& a) { a.set_center(-kInf); }},
+    {"center[head 1, channel 8] is 65520", [](Arguments& a) { a.set_center(65520.0f); }},
 };
 
 const Fault kAppendFaults[] = {
@@ -252,7 +260,10 @@ TEST(StatusTest, LargestInputIsAccepted) {
     Arguments a;
     a.set_key(x);
     a.set_value(x);
-    const Status status = a.append();
+    a.set_center(x);
+    Status status = a.append();
+    EXPECT_TRUE(status.ok()) << status.message();
+    status = a.attend();
     EXPECT_TRUE(status.ok()) << status.message();
   }
 }

@@ -84,16 +84,14 @@ def test_feedback_is_measured_on_the_gpu_as_on_the_cpu(models):
     ids = prompt(1, 200)
     _, cpu = logits_by_pieces(models[0], ids, [200])
     _, gpu = logits_by_pieces(models[1], ids, [200])
-    assert gpu.shared.feedbacks.keys() == cpu.shared.feedbacks.keys() != set()
-    for layer, expected in cpu.shared.feedbacks.items():
-        found = gpu.shared.feedbacks[layer]
+    measured, expected_all = gpu.calibrated(), cpu.calibrated().feedback
+    assert measured.feedback.keys() == expected_all.keys() != set()
+    for layer, expected in expected_all.items():
+        found = measured.feedback[layer]
         assert found.device.type == "cuda"
         # Weights of fp32 queries whose products the two devices add in other orders.
         torch.testing.assert_close(found.cpu(), expected, atol=2e-3, rtol=2e-2)
-    again = OscarCache(
-        models[1].config,
-        balance=oscar_kv.Balance.for_config(models[1].config, gpu.balances, gpu.shared.feedbacks),
-    )
+    again = OscarCache(models[1].config, balance=measured)
     with torch.no_grad():
         models[1](input_ids=ids.cuda(), past_key_values=again, use_cache=True)
     for a, b in zip(again.layers, gpu.layers, strict=True):

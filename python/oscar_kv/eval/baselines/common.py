@@ -9,6 +9,8 @@ Conventions, the same for every baseline:
 * The prompt is prefilled exactly. A decoded query reads its own token exactly, also where a method
   has no window (an engine has that token at hand; it can only help the method). Everything before
   it is read as the method's cache holds it after those tokens were stored.
+* Tensors are made on the device of LayerInput.k. Random ones are drawn on the CPU and moved, so
+  that they are the same on every device.
 * Groups of channels: 128 where the authors work at head_dim 128; a head_dim that is no multiple of
   128 (64, 96) is one group. That costs more bits than 128 would, and `bits` counts them.
 * Token groups are formed from the first token after the sinks; a group that is not complete stays
@@ -108,13 +110,14 @@ def symmetric(
 
 
 @functools.cache
-def hadamard_matrix(size: int) -> Tensor:
+def hadamard_matrix(size: int, device: torch.device | None = None) -> Tensor:
     """Orthonormal symmetric Sylvester matrix; block-diagonal where size is no power of two.
 
-    float32 [size, size]; a block is the largest power of two that divides size.
+    float32 [size, size] on `device` (None: the CPU); a block is the largest power of two that
+    divides size.
     """
     block = size & -size
-    h = torch.ones(1, 1)
+    h = torch.ones(1, 1, device=device or "cpu")
     while h.shape[0] < block:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return torch.block_diag(*[h / math.sqrt(block)] * (size // block))
@@ -122,7 +125,7 @@ def hadamard_matrix(size: int) -> Tensor:
 
 def hadamard(x: Tensor) -> Tensor:
     """x H along the last axis; applied twice it is the identity."""
-    return x @ hadamard_matrix(x.shape[-1])
+    return x @ hadamard_matrix(x.shape[-1], x.device)
 
 
 def channel_group(head_dim: int) -> int:
@@ -147,7 +150,7 @@ def by_tokens(
     """
     count = max(0, x.shape[1] - start) // group
     if count == 0:
-        return Quantised(x.clone(), torch.empty(0, dtype=torch.uint8), 0, ())
+        return Quantised(x.clone(), torch.empty(0, dtype=torch.uint8, device=x.device), 0, ())
     found = quantise(x[:, start : start + count * group].unflatten(1, (count, group)))
     values = x.clone()
     values[:, start : start + count * group] = found.values.flatten(1, 2)
@@ -170,7 +173,7 @@ def windowed(position: Tensor, window: int, group: int, start: int = 0) -> Tenso
 
 def packed_below(layer: LayerInput, limit: Tensor, sinks: int) -> Tensor:
     """Mask bool [1, queries, tokens]: tokens sinks .. limit[query] - 1 are packed."""
-    token = torch.arange(layer.tokens)
+    token = torch.arange(layer.tokens, device=limit.device)
     return ((token >= sinks) & (token < limit[:, None]))[None]
 
 
@@ -220,7 +223,7 @@ class Baseline(Codec):
 
     def masks(self, layer: LayerInput) -> tuple[Tensor, Tensor]:
         """Masks of K and V, bool [1, queries, tokens]."""
-        position = torch.arange(layer.prompt, layer.tokens)
+        position = torch.arange(layer.prompt, layer.tokens, device=layer.k.device)
         if self.equal_window:
             group = max(EQUAL_GROUP, self.token_group)
             both = windowed(position, EQUAL_WINDOW, group, self.sinks)

@@ -68,17 +68,19 @@ class Ott(Baseline):
     def pooled(self, layer: LayerInput) -> Tensor:
         """bool [kv_heads, tokens]: tokens that end in the pool or the side pool of their head."""
         heads, tokens, _ = layer.k.shape
-        found = torch.zeros(heads, tokens, dtype=torch.bool)
+        device = layer.k.device
+        found = torch.zeros(heads, tokens, dtype=torch.bool, device=device)
         if layer.layer < self.plain_layers or self.outliers == 0:
             return found
         magnitude = layer.k.abs().sum(-1)
-        infinite = torch.full((heads, self.outliers), torch.inf)
-        pool, where = infinite, torch.full((heads, self.outliers), -1)
-        entered = torch.zeros(heads, 1, dtype=torch.long)  # tokens that were ever in the pool
+        pool = torch.full((heads, self.outliers), torch.inf, device=device)
+        where = torch.full((heads, self.outliers), -1, device=device)
+        # Tokens that were ever in the pool.
+        entered = torch.zeros(heads, 1, dtype=torch.long, device=device)
         for start in range(self.sinks, tokens - self.block + 1, self.block):
             tracing = entered - self.outliers < self.side_pool  # the rest of them left it
             block = magnitude[:, start : start + self.block]
-            place = torch.arange(start, start + self.block).expand(heads, -1)
+            place = torch.arange(start, start + self.block, device=device).expand(heads, -1)
             smallest = torch.cat([pool, block], 1).topk(self.outliers, largest=False)
             chosen = torch.cat([where, place], 1).gather(1, smallest.indices)
             fresh = tracing & (chosen >= start)

@@ -93,7 +93,7 @@ class RotateKV(Baseline):
             raise ValueError("hidden must be given: RotateKV finds its exact tokens there")
         hidden = layer.hidden[: layer.prompt].abs()
         top = hidden.flatten().topk(min(self.outliers, hidden.numel())).indices
-        exact = torch.zeros(layer.tokens, dtype=torch.bool)
+        exact = torch.zeros(layer.tokens, dtype=torch.bool, device=hidden.device)
         exact[top // hidden.shape[1]] = True
         return exact
 

@@ -82,7 +82,8 @@ class TogetherOscar(Baseline):
         if self.calibration is None:
             rotations = calibrate(layer)
         elif layer.layer in self.calibration:
-            rotations = self.calibration[layer.layer]
+            k, v = self.calibration[layer.layer]
+            rotations = k.to(layer.k.device), v.to(layer.k.device)
         else:
             raise ValueError(f"calibration has no layer {layer.layer}")
         found = []
@@ -157,10 +158,10 @@ def rotation_of(sigma: Tensor) -> Tensor:
     sigma = sigma.double()
     size = sigma.shape[0]
     values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
-    place = torch.tensor(bit_reversed(size))
-    order = torch.empty(size, dtype=torch.long)
+    place = torch.tensor(bit_reversed(size), device=sigma.device)
+    order = torch.empty(size, dtype=torch.long, device=sigma.device)
     order[place] = values.argsort(descending=True)
-    return (vectors @ hadamard_matrix(size).double())[:, order].float()
+    return (vectors @ hadamard_matrix(size, sigma.device).double())[:, order].float()
 
 
 def bit_reversed(size: int) -> list[int]:

@@ -48,7 +48,8 @@ _ROUNDS = 1000
 def lloyd_max(bits: int, dim: int) -> Tensor:
     """Centroids, ascending, of a coordinate of a random unit vector times sqrt(dim).
 
-    float32 [2^bits]; dim >= 4. Lloyd's iteration on a grid, until it stands still or 1000 rounds.
+    float32 [2^bits] on the CPU; dim >= 4. Lloyd's iteration on a grid, until it stands still or
+    1000 rounds.
     """
     reach = min(math.sqrt(dim), 9.0)
     u = torch.linspace(-reach, reach, _GRID, dtype=torch.float64)
@@ -76,7 +77,7 @@ def nearest(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 def random_rotation(dim: int, generator: torch.Generator) -> Tensor:
-    """Orthogonal float32 [dim, dim]: Q of the QR decomposition of a Gaussian matrix."""
+    """Orthogonal float32 [dim, dim] on the CPU: Q of the QR decomposition of a Gaussian matrix."""
     gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     return (q * r.diagonal().sign()).float()
@@ -85,9 +86,10 @@ def random_rotation(dim: int, generator: torch.Generator) -> Tensor:
 def quantise_vectors(x: Tensor, bits: int, rotation: Tensor) -> Quantised:
     """Q_b on the last axis of x; bits 0 reads as zero."""
     if bits == 0:
-        return Quantised(torch.zeros_like(x), torch.empty(0, dtype=torch.uint8), 0, ())
+        none = torch.empty(0, dtype=torch.uint8, device=x.device)
+        return Quantised(torch.zeros_like(x), none, 0, ())
     dim = x.shape[-1]
-    centroids = lloyd_max(bits, dim)
+    centroids = lloyd_max(bits, dim).to(x.device)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     unit = x / torch.where(norm > 0, norm, 1)
     codes = nearest((unit @ rotation.T) * math.sqrt(dim), centroids)
@@ -147,9 +149,9 @@ class TurboQuant(Baseline):
         found = []
         for part, bits in zip(parts, (self.low_bits + 1, self.low_bits), strict=True):
             dim = part.shape[-1]
-            rotation = random_rotation(dim, generator)
+            rotation = random_rotation(dim, generator).to(x.device)
             if product:
-                projection = torch.randn(dim, dim, generator=generator)
+                projection = torch.randn(dim, dim, generator=generator).to(x.device)
                 found.append(quantise_product(part, bits, rotation, projection))
             else:
                 found.append(quantise_vectors(part, bits, rotation))
@@ -186,7 +188,7 @@ class TurboQuantPlus(Baseline):
         head_dim = layer.k.shape[-1]
         found = []
         for x in (layer.k, layer.v):
-            signs = torch.randint(0, 2, (head_dim,), generator=generator) * 2.0 - 1.0
+            signs = torch.randint(0, 2, (head_dim,), generator=generator).to(x.device) * 2.0 - 1.0
             y = by_channels(hadamard(x * signs), self._block(head_dim), self._quantise_block)
             y.values = hadamard(y.values) * signs
             found.append(y)
@@ -194,7 +196,7 @@ class TurboQuantPlus(Baseline):
 
     def _quantise_block(self, y: Tensor) -> Quantised:
         dim = y.shape[-1]
-        centroids = lloyd_max(self.code_bits, dim)
+        centroids = lloyd_max(self.code_bits, dim).to(y.device)
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         codes = nearest(y * (math.sqrt(dim) / torch.where(norm > 0, norm, 1)), centroids)
         found = centroids[codes]
