@@ -87,8 +87,12 @@ class Balance:
     ) -> Balance:
         """A balance that belongs to models of this configuration."""
         identity: dict[str, Any] = _identity(config)
-        parts = {"feedback": dict(feedback or {}), "centers": dict(centers or {})}
-        return cls(**identity, factors=dict(factors), **parts)
+        return cls(
+            **identity,
+            factors=dict(factors),
+            feedback=dict(feedback or {}),
+            centers=dict(centers or {}),
+        )
 
     def of_layer(self, layer: int) -> Calibration:
         """What is known of a layer."""

@@ -37,6 +37,7 @@ written.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -101,7 +102,7 @@ def _attend_cpu(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     cache = (pages, exact, block_table, slot, seq_len, exact_from, balance)
-    arrays = _core.CacheArrays(*cache, None, *options[_ATTEND_OPTIONS + 1 :])
+    arrays = _core.CacheArrays(*cache, center=_attend_extras(options)[1])
     return attend_over(arrays, q, k_new, v_new, query_start, *options[:_ATTEND_OPTIONS])
 
 
@@ -125,13 +126,19 @@ def _append_cuda(pages: Tensor, *arguments: Any) -> None:
 
 @torch.library.impl(_LIBRARY, "attend", "CUDA")
 def _attend_cuda(q: Tensor, k_new: Tensor, v_new: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *cache, query_start = arguments[:8]
-    options = arguments[8:]
-    bound = options[_ATTEND_OPTIONS] if len(options) > _ATTEND_OPTIONS else 0
+    pages, exact, block_table, slot, seq_len, exact_from, balance, query_start, *options = arguments
+    bound, center = _attend_extras(options)
     with current_device(q.device):
-        arrays = _core.CacheArrays(*cache, None, *options[_ATTEND_OPTIONS + 1 :])
+        cache = (pages, exact, block_table, slot, seq_len, exact_from, balance)
+        arrays = _core.CacheArrays(*cache, center=center)
         rows = (q, k_new, v_new, query_start)
         return attend_over(arrays, *rows, *options[:_ATTEND_OPTIONS], max_query_len=bound)
+
+
+def _attend_extras(options: Sequence[Any]) -> tuple[int, Tensor | None]:
+    """max_query_len and center, which a call may leave out: torch then passes fewer arguments."""
+    given = options[_ATTEND_OPTIONS:]
+    return given[0] if given else 0, given[1] if len(given) > 1 else None
 
 
 _AS_IT_IS = contextlib.nullcontext()

@@ -40,6 +40,7 @@ def kept(**changes: Any) -> dict[str, Any]:
         "tokens": 200,
         "prompt": 100,
         "documents": ["d0"],
+        "documents_sha256": "2" * 64,
         "along": "text",
         "stress": "none",
         "device": "cpu",
@@ -170,6 +171,7 @@ def test_table_of_kept_results(tmp_path: Path) -> None:
     [
         ({"model": "other"}, "other: 1 documents of 200 tokens, 100 prefilled exactly"),
         ({"model_sha256": "1" * 64}, "tiny: 1 documents of 200 tokens, 100 prefilled exactly"),
+        ({"documents_sha256": "1" * 64}, "tiny: 1 documents of 200 tokens, 100 prefilled exactly"),
         ({"tokens": 300}, "tiny: 1 documents of 300 tokens, 100 prefilled exactly"),
         ({"prompt": 50}, "tiny: 1 documents of 200 tokens, 50 prefilled exactly"),
         ({"stress": "6.0"}, "tiny: 1 documents of 200 tokens, 100 prefilled exactly, stress 6.0"),
@@ -195,14 +197,6 @@ def test_what_cannot_be_compared_stands_apart(
         *HEAD,
         "| `a` | A | 3.000 | 4.000 | 0.1000 | +0.5000 | 0.750 |",
     ]
-
-
-def test_other_documents_stand_apart(tmp_path: Path) -> None:
-    files = [
-        write(tmp_path / "a.json", [row("a", 3, 0.2, False)]),
-        write(tmp_path / "b.json", [row("a", 3, 0.1, False) | {"documents": {"d1": 0.1}}]),
-    ]
-    assert len(table(*files)) == 11
 
 
 def test_table_refuses_what_it_cannot_read(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from models import prompt, tiny
 from oscar_kv.balance import Balance, calibrate
-from oscar_kv.calibration import QueryStatistics
 from oscar_kv.cache import PagedCache
+from oscar_kv.calibration import QueryStatistics
 from oscar_kv.feedback import DAMPING, feedback_factors
 from oscar_kv.rotate import channel_signs, hadamard
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from oscar_kv import PagedCache, _core, active_backend, available_backends, ops, set_backend
+from oscar_kv.calibration import Calibration
 
 KV_HEADS, Q_HEADS, HEAD_DIM = 2, 6, 64
 # Relative error of `attend` against float64 on the same codes: float paths, int8 paths.
@@ -321,3 +322,35 @@ def test_arrays_of_no_kind_are_refused():
     for wrong in (None, [1.0], "k", q.to_sparse()):
         with pytest.raises((TypeError, BufferError)):
             _core.append(cache._arrays(), wrong, v, start, "k2v2", 32, 4, "both")
+
+
+def test_center_of_the_ops_is_that_of_the_cache():
+    calibration = Calibration(center=40 * torch.randn(KV_HEADS, HEAD_DIM))
+    caches = [filled(0, batch=1, calibration=calibration) for _ in range(2)]
+    turned = calibration.arrays()[2]
+    rows = torch.randn(96, KV_HEADS, HEAD_DIM)
+    caches[0].append(rows, rows)
+    caches[1]._make_room([96])
+    ops.append(*append_arguments(caches[1], rows, rows), None, turned)
+    caches[1]._add_lengths([96])
+    tiles = [cache.pool.storage[0, :, :3] for cache in caches]
+    assert torch.equal(*tiles)
+    q, k, v = new_rows(2)
+    expected, _ = caches[0].attend(q, k, v, scale=HEAD_DIM**-0.5)
+    found, _ = ops.attend(*attend_arguments(caches[1], q, k, v), 0, turned)
+    assert torch.equal(found, expected)
+    without, _ = ops.attend(*attend_arguments(caches[1], q, k, v))
+    assert not torch.allclose(without, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 65505.0])
+def test_center_that_append_refuses(value):
+    cache = filled(0, batch=1)
+    rows = torch.randn(32, KV_HEADS, HEAD_DIM)
+    cache._make_room([32])
+    center = torch.zeros(KV_HEADS, HEAD_DIM)
+    center[1, 3] = value
+    before = cache.pool.storage.clone()
+    with pytest.raises(ValueError, match=r"center\[head 1, channel 3\] is .* at most 65504"):
+        ops.append(*append_arguments(cache, rows, rows), None, center)
+    assert torch.equal(cache.pool.storage, before)

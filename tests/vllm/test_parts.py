@@ -11,9 +11,10 @@ import pytest
 import torch
 from harness import fake_config, make_impl
 from oscar_kv import PagedCache, _core
+from oscar_kv.calibration import Calibration
 from oscar_kv.rotate import channel_signs, hadamard
 from oscar_kv.serving.layout import DTYPES, SINKS, token_bytes
-from oscar_kv.serving.sinks import unpack_first
+from oscar_kv.serving.sinks import restore_sinks, unpack_first
 from oscar_kv.vllm import register, spec
 from oscar_kv.vllm.cpu import PACKED, OscarCPUBackend, OscarCPUImpl
 from oscar_kv.vllm.ledger import Ledger
@@ -58,6 +59,33 @@ def test_sinks_out_of_codes_equal_the_library(format, head_dim):
     for x, wanted in zip(found.unbind(-3), dense, strict=True):
         x = hadamard(x) * channel_signs(head_dim)
         torch.testing.assert_close(x, wanted[0, :, :SINKS], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_restored_sinks_have_balance_and_center(format):
+    generator = torch.Generator().manual_seed(1)
+    center = 30 * torch.randn((2, 64), generator=generator)
+    balance = torch.linspace(0.5, 2, 128).view(2, 64)
+    cache = PagedCache(
+        1,
+        2,
+        64,
+        torch.float32,
+        format=format,
+        window=0,
+        sinks=0,
+        calibration=Calibration(balance, center),
+    )
+    rows = [torch.randn((64, 2, 64), generator=generator) for _ in range(2)]
+    cache.append(rows[0] + center, rows[1])
+    wanted = cache.dequantize()
+    exact = torch.zeros(1, 2, 2, 64 + SINKS, 64)
+    first, slot = torch.zeros(1, dtype=torch.long), torch.zeros((1, 1), dtype=torch.long)
+    restore_sinks(cache.pool.storage, exact, first, slot, format, cache.calibration)
+    for side in (0, 1):
+        torch.testing.assert_close(
+            exact[0, side, :, -SINKS:], wanted[side][0, :, :SINKS], rtol=1e-4, atol=1e-3
+        )
 
 
 def step(ledger, rings, table, context, end):

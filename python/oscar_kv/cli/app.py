@@ -40,7 +40,7 @@ def root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
     ] = False,
 ) -> None:
-    """An LLM's KV cache in about 2.25 bits per element, with attention directly on the packed codes.
+    """An LLM's KV cache in about 2.25 bits per element; attention runs on the packed codes.
 
     Exit codes: 0 done, 2 bad input (a message says what), 1 anything else.
     """

@@ -20,9 +20,9 @@ def table(
 ) -> None:
     """Print kept results of `oscar eval kl` as Markdown tables, sorted by bits.
 
-    Rows of another model, other documents or lengths, or another stress stand in a table of their
-    own. A format that is there several times is shown as in the last file. Bold rows ran through
-    the packed kernels.
+    Rows of another model, other documents or lengths, other draws or another stress stand in a
+    table of their own. A format that is there several times is shown as in the last file. Bold rows
+    ran through the packed kernels.
 
     Example: oscar eval table bench/results/accuracy-methods.json
     """

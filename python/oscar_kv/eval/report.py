@@ -81,8 +81,8 @@ COLUMNS = ("format", "setting", "packed bits", "bits", "KL", "dNLL", "top-1")
 
 def comparable(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two rows must have in common to stand in one table; KeyError for what is no row."""
-    names = ("model", "model_sha256", "tokens", "prompt", "along", "stress")
-    return (*(row[name] for name in names), *row["documents"])
+    names = ("model", "model_sha256", "tokens", "prompt", "documents_sha256", "along", "stress")
+    return tuple(row[name] for name in names)
 
 
 def heading(settings: Mapping[str, Any]) -> str:

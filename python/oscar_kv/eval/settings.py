@@ -22,7 +22,16 @@ from .. import __version__, _core, active_backend
 from .kl import Document, FormatResult
 
 # Settings that every row repeats: rows of several files can then be told apart.
-ROW_SETTINGS = ("model", "model_sha256", "tokens", "prompt", "along", "stress", "device")
+ROW_SETTINGS = (
+    "model",
+    "model_sha256",
+    "tokens",
+    "prompt",
+    "documents_sha256",
+    "along",
+    "stress",
+    "device",
+)
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.bin")  # the first kind that a folder has
 
 

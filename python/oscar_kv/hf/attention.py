@@ -184,8 +184,8 @@ def _over_history(
     sinks = kwargs.get("s_aux")
     rows = step.rows
     if layer.shared.strict:
-        new = (token_rows(x, rows) for x in pending)
-        layer.measure(*new, step.query_start)  # before tiles are packed
+        k_rows, v_rows = (token_rows(x, rows) for x in pending)
+        layer.measure(k_rows, v_rows, step.query_start)  # before tiles are packed
     out, _ = paged.attend(
         token_rows(query, rows),
         token_rows(pending[0], rows),
