@@ -8,8 +8,10 @@
 * formats.py: names and parameters of all formats
 * texts.py: the documents to measure on
 * simulate.py: one forward pass that decodes a document through a codec, or the real packed cache
-* stress.py: the outlier stress that leaves the 16-bit model unchanged
+* generation.py: documents that the model itself goes on with
+* stress.py: outliers that leave the 16-bit model unchanged, and large biases of K and V
 * modality.py: the same for gaps between the key norms of modalities
 * kl.py: prefill, teacher-forced decoding, figures per format
+* settings.py: what a run stands on, beside its rows in the JSON file
 * report.py: the HTML report
 """

@@ -168,10 +168,11 @@ class Twin(Codec):
         queries = QueryStatistics()
         queries.observe(layer.q[:, :tokens].transpose(0, 1))
         keys = [layer.k[:, :tokens].transpose(0, 1)]
-        found = calibrate_layer(keys, queries, evidence([layer.v[:, :tokens].transpose(0, 1)]))
+        weight = evidence([layer.v[:, :tokens].transpose(0, 1)])
+        found = calibrate_layer(keys, queries, weight)
         if found is None or found.balance is None:
             return balance, None, center
-        if self.center == "prompt":
+        if self.center == "prompt" and weight == 1:
             center = key_center(keys, self.center_ratio)
         if self.balance == "prompt":
             balance = found.balance
