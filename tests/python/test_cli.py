@@ -114,11 +114,13 @@ def test_version() -> None:
 def test_info() -> None:
     result = oscar("info")
     assert result.exit_code == 0
-    for word in (oscar_kv.__version__, oscar_kv.active_backend(), "k2v2", "37 (6.92)", "140"):
+    words = (oscar_kv.__version__, oscar_kv.active_backend(), "format 2", "37 (6.92)", "140")
+    for word in words:
         assert word in result.stdout
     facts = last_json(oscar("info", "--json"))
     assert facts["backends"] == oscar_kv.available_backends()
     assert facts["active_backend"] == oscar_kv.active_backend()
+    assert facts["format_version"] == 2
     assert facts["formats"]["k4v2"]["128"] == {"bytes_per_token": 104, "ratio_to_16bit": 4.9231}
 
 
