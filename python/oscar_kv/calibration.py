@@ -82,9 +82,14 @@ class Calibration:
         ]
 
     def arrays(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(balance, feedback, center in the rotated basis), as `_core.CacheArrays` takes them."""
-        center = self.center
-        turned = None if center is None else rotated_center(center, self.balance)
+        """(balance, feedback, center in the rotated basis), as `_core.CacheArrays` takes them.
+
+        ValueError for a center that is too large once it is rotated.
+        """
+        if self.center is None:
+            return self.balance, self.feedback, None
+        turned = rotated_center(self.center, self.balance)
+        check_values("center", "center, rotated,", turned)
         return self.balance, self.feedback, turned
 
 

@@ -121,6 +121,9 @@ def test_center_is_checked_and_fixed() -> None:
             cache.center = torch.full((2, 64), wrong)
     with pytest.raises(ValueError, match=r"center has shape \[64\], must be \[2, 64\]"):
         cache.center = torch.zeros(64)
+    with pytest.raises(ValueError, match="center, rotated, has a value of"):
+        cache.calibration = Calibration(torch.full((2, 64), 1 / 64), torch.full((2, 64), 6e4))
+    assert cache.center is None and cache.balance is None
     cache.center = torch.ones(2, 64)
     cache.append(noise(32, 2, 64), noise(32, 2, 64))
     cache.center = torch.ones(2, 64)
