@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .calibration import GROUP_TOKENS, Calibration, check_values
+from .calibration import DTYPES, GROUP_TOKENS, Calibration, check_values, part_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 FORMAT_NAME = "oscar-kv-balance"
 FORMAT_VERSION = "2"  # 2: centers; measured for tiles of format 2
+_NAMES = {"balance": "layer", "center": "center", "feedback": "feedback"}  # of tensors: NAME.LAYER
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -123,14 +124,12 @@ class Balance:
             "model_type": self.model_type,
             "shape": json.dumps([self.num_layers, self.kv_heads, self.head_dim]),
         }
+        parts = {"balance": self.factors, "center": self.centers, "feedback": self.feedback}
         tensors = {
-            f"layer.{layer}": value.to("cpu", torch.float32).contiguous()
-            for layer, value in self.factors.items()
+            f"{_NAMES[part]}.{layer}": value.to("cpu", DTYPES[part]).contiguous()
+            for part, values in parts.items()
+            for layer, value in values.items()
         }
-        for layer, value in self.feedback.items():
-            tensors[f"feedback.{layer}"] = value.to("cpu", torch.float16).contiguous()
-        for layer, value in self.centers.items():
-            tensors[f"center.{layer}"] = value.to("cpu", torch.float32).contiguous()
         save_file(tensors, os.fspath(path), metadata=metadata)
 
     @classmethod
@@ -169,17 +168,15 @@ class Balance:
             factors = {int(key.removeprefix("layer.")): value for key, value in tensors.items()}
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{name}: damaged balance metadata: {error!r}") from error
-        square = (kv_heads, head_dim)
-        for layer, value in factors.items():
-            _check(name, "layer", layer, value, square)
-            if not 0 <= layer < num_layers:
-                raise ValueError(f"{name}: layer {layer} is not in 0..{num_layers - 1}")
-        for kind, found in (("center", centers), ("feedback", feedback)):
-            for layer, value in found.items():
-                shape = square if kind == "center" else (*square, head_dim)
-                _check(name, kind, layer, value, shape)
+        parts = {"balance": factors, "center": centers, "feedback": feedback}
+        for part, values in parts.items():
+            for layer, value in values.items():
+                where = f"{name}: {_NAMES[part]} {layer}"
+                _check(where, part, value, part_shape(part, kv_heads, head_dim))
+                if not 0 <= layer < num_layers:
+                    raise ValueError(f"{where} is not in 0..{num_layers - 1}")
                 if layer not in factors:
-                    raise ValueError(f"{name}: {kind} {layer} belongs to no layer of the file")
+                    raise ValueError(f"{where} belongs to no layer of the file")
         return cls(model_type, num_layers, kv_heads, head_dim, factors, feedback, centers)
 
 
@@ -189,17 +186,13 @@ def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[int, Tensor]:
     return {int(name.removeprefix(prefix)): tensors.pop(name) for name in names}
 
 
-_DTYPES = {"layer": torch.float32, "center": torch.float32, "feedback": torch.float16}
-
-
-def _check(name: str, kind: str, layer: int, value: Tensor, shape: tuple[int, ...]) -> None:
-    where = f"{name}: {kind} {layer}"
-    if value.dtype != _DTYPES[kind] or tuple(value.shape) != shape:
+def _check(where: str, part: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if value.dtype != DTYPES[part] or tuple(value.shape) != shape:
         raise ValueError(
-            f"{where}: expected {_DTYPES[kind]} {list(shape)}, found {value.dtype} "
+            f"{where}: expected {DTYPES[part]} {list(shape)}, found {value.dtype} "
             f"{list(value.shape)}"
         )
-    check_values("balance" if kind == "layer" else kind, where, value)
+    check_values(part, where, value)
 
 
 @torch.no_grad()

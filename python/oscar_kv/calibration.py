@@ -37,6 +37,8 @@ SAMPLE_TOKENS = 2048
 CENTER_RATIO = 5.0
 MAX_INPUT = 65504.0  # largest magnitude of K, V and a center (fp16's)
 MAX_BALANCE = 64.0  # and its inverse: beyond, a channel is dead, not of a scale worth following
+# The parts of a calibration.
+DTYPES = {"balance": torch.float32, "center": torch.float32, "feedback": torch.float16}
 _FLOOR = 1e-8  # of a head's mean square: what counts as zero
 _EVIDENCE_TOKENS = 512  # of V: enough to tell whether tokens differ
 _EVIDENCE_NONE, _EVIDENCE_FULL = 2.0, 5.0  # independent directions of V
@@ -57,14 +59,12 @@ class Calibration:
 
     def checked(self, kv_heads: int, head_dim: int, device: torch.device) -> Calibration:
         """The same on `device`, contiguous; ValueError for a shape or a value."""
-        kinds = {"balance": torch.float32, "center": torch.float32, "feedback": torch.float16}
-        shape = (kv_heads, head_dim, head_dim)
         found: dict[str, Tensor] = {}
-        for name, dtype in kinds.items():
+        for name, dtype in DTYPES.items():
             value: Tensor | None = getattr(self, name)
             if value is None:
                 continue
-            wanted = shape if name == "feedback" else shape[:2]
+            wanted = part_shape(name, kv_heads, head_dim)
             if tuple(value.shape) != wanted:
                 raise ValueError(f"{name} has shape {list(value.shape)}, must be {list(wanted)}")
             value = value.detach().to(device=device, dtype=dtype).contiguous()
@@ -91,6 +91,12 @@ class Calibration:
         turned = rotated_center(self.center, self.balance)
         check_values("center", "center, rotated,", turned)
         return self.balance, self.feedback, turned
+
+
+def part_shape(name: str, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """The shape of balance, center or feedback."""
+    shape = (kv_heads, head_dim)
+    return (*shape, head_dim) if name == "feedback" else shape
 
 
 def calibration_part(name: str) -> property:
@@ -235,11 +241,13 @@ def calibrate_layer(
     queries: QueryStatistics,
     weight: float,
     balance: Tensor | None = None,
+    ratio: float = CENTER_RATIO,
 ) -> Calibration | None:
     """The calibration of a layer from its K [tokens, kv_heads, head_dim] a sequence.
 
-    weight: the text's `evidence`. balance: one that is in use already and stays. None if there is
-    nothing to measure: no sequence of 32 tokens, no query, or values that are not finite.
+    weight: the text's `evidence`. balance: one that is in use already and stays. ratio: see
+    `key_center`. None if there is nothing to measure: no sequence of 32 tokens, no query, or values
+    that are not finite.
     """
     kv_heads = keys[0].shape[1]
     variance, moment = key_variance(keys), queries.moment(kv_heads)
@@ -252,7 +260,7 @@ def calibrate_layer(
         return Calibration()
     if balance is None:
         balance = balance_factors(variance, query_ms).pow(weight)
-    center = key_center(keys) if weight == 1 else None
+    center = key_center(keys, ratio) if weight == 1 else None
     if center is not None and not bool(center.any()):
         center = None
     return Calibration(balance, center, feedback_factors(moment, balance) * weight)

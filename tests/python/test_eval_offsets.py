@@ -14,25 +14,14 @@ from models import prompt, tiny
 from oscar_kv.cli import eval_kl
 from oscar_kv.cli.app import app
 from oscar_kv.cli.models import LoadedModel
-from oscar_kv.eval.codec import LayerCodes, LayerInput
+from oscar_kv.eval.codec import LayerInput
 from oscar_kv.eval.formats import make_format
 from oscar_kv.eval.kl import evaluate
 from oscar_kv.eval.simulate import decode, prefill
 from oscar_kv.eval.stress import pair_index, parse_offset, with_offsets
-from test_eval_kl import Identity, Letters, document
+from test_eval_kl import Identity, Letters, Spy, document
 from torch import Tensor
 from typer.testing import CliRunner
-
-
-class Spy(Identity):
-    """Keeps what it is shown."""
-
-    def __init__(self) -> None:
-        self.layers: list[LayerInput] = []
-
-    def encode(self, layer: LayerInput) -> LayerCodes:
-        self.layers.append(layer)
-        return super().encode(layer)
 
 
 def seen(model: Any) -> LayerInput:

@@ -48,7 +48,6 @@ def run_settings(
     name, path: of the model (None: no file). documents: as measured, all of the same length. more:
     settings of the caller, such as along and stress.
     """
-    version = getattr(_core, "format_version", 1)
     device = model.device
     return {
         "model": name,
@@ -64,7 +63,7 @@ def run_settings(
         "backend": active_backend(),
         "commit": source_commit(),
         "oscar_kv": __version__,
-        "tile_format": version() if callable(version) else version,
+        "tile_format": _core.format_version,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -22,9 +22,7 @@ from ..calibration import (
     QueryStatistics,
     calibrate_layer,
     evidence,
-    key_center,
 )
-from ..feedback import feedback_factors
 from ..rotate import channel_signs, hadamard
 from .codec import Codec, LayerCodes, LayerInput, sliding_packed
 
@@ -162,25 +160,28 @@ class Twin(Codec):
                 center = known.centers.get(layer.layer, center).to(on)
             weights = None if found is None else found.to(on).float()
             return known.factors.get(layer.layer, balance).to(on), weights, center
-        if not layer.q.numel():
+        asked = "prompt" in (self.balance, self.center, self.feedback)
+        if not asked or not layer.q.numel():
             return balance, None, center
         tokens = min(layer.prompt, self.balance_tokens or layer.prompt)
         queries = QueryStatistics()
         queries.observe(layer.q[:, :tokens].transpose(0, 1))
-        keys = [layer.k[:, :tokens].transpose(0, 1)]
-        weight = evidence([layer.v[:, :tokens].transpose(0, 1)])
-        found = calibrate_layer(keys, queries, weight)
+        keys, values = ([x[:, :tokens].transpose(0, 1)] for x in (layer.k, layer.v))
+        found = calibrate_layer(
+            keys,
+            queries,
+            evidence(values),
+            None if self.balance == "prompt" else balance,
+            self.center_ratio,
+        )
         if found is None or found.balance is None:
             return balance, None, center
-        if self.center == "prompt" and weight == 1:
-            center = key_center(keys, self.center_ratio)
-        if self.balance == "prompt":
-            balance = found.balance
-        if self.feedback == "none" or not self.rotate:
-            return balance, None, center
-        moment = queries.moment(kv_heads)
-        assert moment is not None
-        return balance, feedback_factors(moment, balance).float(), center
+        if self.center == "prompt" and found.center is not None:
+            center = found.center
+        weights = found.feedback
+        if self.feedback == "none" or not self.rotate or weights is None:
+            return found.balance, None, center
+        return found.balance, weights.float(), center
 
     # -- rotate --------------------------------------------------------------------------------
 

@@ -271,7 +271,7 @@ class OscarLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forgets all tokens, and what was measured on them; a calibration that was given stays."""
         self._clear()
-        self.shared.refused, self.shared.evidence = "", 1.0
+        self.shared.refused = ""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest -tokens_to_remove columns (the argument is zero or negative).

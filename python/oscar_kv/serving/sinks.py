@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import Calibration
-from ..rotate import channel_signs, hadamard
+from ..rotate import rotation
 from .layout import SINKS, TILE_TOKENS
 
 _BITS = {"k2v2": (2, 2), "k4v2": (4, 2), "k4v4": (4, 4)}
@@ -76,7 +76,7 @@ def _tile(head_dim: int, format: str, device: torch.device) -> _Tile:
         "v_mid": v_mids + at[:, None],
         "steps": torch.stack([(2 + (byte >> 6 & 1) << (byte >> 7)) / 6, ((byte & 63) - 31) / 31]),
         "places": torch.arange(8, dtype=torch.uint8),
-        "rotation": hadamard(torch.eye(head_dim)) * channel_signs(head_dim),
+        "rotation": rotation(head_dim).T.float(),
     }
     return _Tile(
         params=slice(params, params + head_dim),
