@@ -32,7 +32,7 @@ std::vector<Section> sections_of(const TileLayout& tile) {
 }
 
 // One tile, no window and no sinks: the query reads 32 packed tokens and its own.
-CacheSetup one_tile(Format format, int head_dim = 32) {
+CacheSetup one_tile_setup(Format format, int head_dim) {
   CacheSetup setup;
   setup.layout.kv_heads = 1;
   setup.layout.head_dim = head_dim;
@@ -61,20 +61,38 @@ double difference(const std::vector<float>& a, const std::vector<float>& b) {
   return std::sqrt(error / size);
 }
 
+// What every test flips bits of: one tile, a query over it, and what the flipped tile says.
+struct OneTile {
+  CacheFixture fixture;
+  Call call;
+  Rows q;
+  AttendOptions options{.scale = 0.25f};
+
+  explicit OneTile(Format format, int head_dim = 32)
+      : fixture(grown(format, head_dim)),
+        call(fixture.next({1})),
+        q(random_queries(fixture, 1, kQueryHeads, DType::kF32, 5)) {}
+
+  static CacheFixture grown(Format format, int head_dim) {
+    CacheFixture fixture(one_tile_setup(format, head_dim));
+    fixture.grow({32});
+    return fixture;
+  }
+  [[nodiscard]] std::uint8_t* bytes() { return const_cast<std::uint8_t*>(fixture.tile(0, 0, 0)); }
+  [[nodiscard]] Result attend() { return run_attend(fixture, call, q, options); }
+  [[nodiscard]] Expected expected() { return expected_attention(fixture, call, q, options); }
+};
+
 class Mutation : public BackendTest {};
 
 TEST_P(Mutation, EveryBitCounts) {
   for (const Format format : kFormats) {
-    CacheFixture fixture(one_tile(format));
-    fixture.grow({32});
-    const Call call = fixture.next({1});
-    const Rows q = random_queries(fixture, 1, kQueryHeads, DType::kF32, 5);
-    const AttendOptions options{.scale = 0.25f};
-    const std::vector<float> before = flatten(run_attend(fixture, call, q, options).out);
-    const Expected truth = expected_attention(fixture, call, q, options);
-    auto* tile = const_cast<std::uint8_t*>(fixture.tile(0, 0, 0));
+    OneTile one(format);
+    const std::vector<float> before = flatten(one.attend().out);
+    const Expected truth = one.expected();
+    auto* tile = one.bytes();
     std::mt19937 random(6);
-    for (const Section& section : sections_of(fixture.layout.tile())) {
+    for (const Section& section : sections_of(one.fixture.layout.tile())) {
       for (int i = 0; i < kFlips; ++i) {
         const int byte =
             section.begin +
@@ -84,7 +102,7 @@ TEST_P(Mutation, EveryBitCounts) {
         SCOPED_TRACE(::testing::Message() << name_of(format) << " " << section.name << " byte "
                                           << byte - section.begin << " bit " << bit);
         tile[byte] ^= static_cast<std::uint8_t>(1 << bit);
-        const Result result = run_attend(fixture, call, q, options);
+        const Result result = one.attend();
         ASSERT_TRUE(result.status.ok());
         // Negated, so that a NaN (a unit that became infinite) is a change as well.
         const double change = difference(before, flatten(result.out));
@@ -92,32 +110,27 @@ TEST_P(Mutation, EveryBitCounts) {
         tile[byte] ^= static_cast<std::uint8_t>(1 << bit);
       }
     }
-    EXPECT_EQ(flatten(run_attend(fixture, call, q, options).out), before);
-    EXPECT_LE(output_error(run_attend(fixture, call, q, options).out, truth),
-              is_int8() ? 2e-2 : 1e-3);
+    EXPECT_EQ(flatten(one.attend().out), before);
+    EXPECT_LE(output_error(one.attend().out, truth), is_int8() ? 2e-2 : 1e-3);
   }
 }
 
 // As above, for all of the bits that say what a channel's codes mean.
 TEST_P(Mutation, EveryParameterBitCounts) {
   for (const Format format : kFormats) {
-    CacheFixture fixture(one_tile(format));
-    fixture.grow({32});
-    const Call call = fixture.next({1});
-    const Rows q = random_queries(fixture, 1, kQueryHeads, DType::kF32, 5);
-    const AttendOptions options{.scale = 0.25f};
-    const Expected truth = expected_attention(fixture, call, q, options);
-    const TileLayout layout = fixture.layout.tile();
-    auto* params = const_cast<std::uint8_t*>(fixture.tile(0, 0, 0)) + layout.k_params_offset();
-    const Result before = run_attend(fixture, call, q, options);
+    OneTile one(format);
+    const Expected truth = one.expected();
+    const TileLayout layout = one.fixture.layout.tile();
+    auto* params = one.bytes() + layout.k_params_offset();
+    const Result before = one.attend();
     for (int bit = 0; bit < 8; ++bit) {
       for (int c = 0; c < layout.head_dim; ++c) {
         SCOPED_TRACE(::testing::Message() << name_of(format) << " channel " << c << " bit " << bit);
         params[c] ^= static_cast<std::uint8_t>(1 << bit);
-        const Result result = run_attend(fixture, call, q, options);
+        const Result result = one.attend();
         EXPECT_GT(difference(flatten(before.out), flatten(result.out)), 1e-6);
         // The float kernels are exact enough to be compared with what the tile says now.
-        const Expected expected = expected_attention(fixture, call, q, options);
+        const Expected expected = one.expected();
         EXPECT_LE(output_error(result.out, expected), is_int8() ? 5e-2 : 2e-5);
         params[c] ^= static_cast<std::uint8_t>(1 << bit);
         if (!is_int8()) {
@@ -131,20 +144,16 @@ TEST_P(Mutation, EveryParameterBitCounts) {
 // The comparison of attend_test is sharp enough to see a wrong code: all codes of one token.
 TEST_P(Mutation, OracleSeesAWrongToken) {
   for (const Format format : kFormats) {
-    CacheFixture fixture(one_tile(format));
-    fixture.grow({32});
-    const Call call = fixture.next({1});
-    const Rows q = random_queries(fixture, 1, kQueryHeads, DType::kF32, 5);
-    const AttendOptions options{.scale = 0.25f};
-    const Expected truth = expected_attention(fixture, call, q, options);
-    const TileLayout tile = fixture.layout.tile();
-    auto* bytes = const_cast<std::uint8_t*>(fixture.tile(0, 0, 0));
+    OneTile one(format);
+    const Expected truth = one.expected();
+    const TileLayout tile = one.fixture.layout.tile();
+    auto* bytes = one.bytes();
     for (int position = 0; position < kTileTokens; ++position) {
       SCOPED_TRACE(::testing::Message() << name_of(format) << " position " << position);
       for (int line = 0; line < tile.k_lines(); ++line) {
         for (int b = 0; b < 4; ++b) bytes[4 * (line * kTileTokens + position) + b] ^= 0xff;
       }
-      EXPECT_GT(output_error(run_attend(fixture, call, q, options).out, truth), 2e-2);
+      EXPECT_GT(output_error(one.attend().out, truth), 2e-2);
       for (int line = 0; line < tile.k_lines(); ++line) {
         for (int b = 0; b < 4; ++b) bytes[4 * (line * kTileTokens + position) + b] ^= 0xff;
       }
@@ -153,16 +162,14 @@ TEST_P(Mutation, OracleSeesAWrongToken) {
 }
 
 TEST_P(Mutation, PaddingDoesNotCount) {
-  CacheFixture fixture(one_tile(kK2V2, 48));
-  fixture.grow({32});
-  const Call call = fixture.next({1});
-  const Rows q = random_queries(fixture, 1, kQueryHeads, DType::kF32, 5);
-  const std::vector<float> before = flatten(run_attend(fixture, call, q, {}).out);
-  const TileLayout tile = fixture.layout.tile();
+  OneTile one(kK2V2, 48);
+  one.options = {};
+  const std::vector<float> before = flatten(one.attend().out);
+  const TileLayout tile = one.fixture.layout.tile();
   ASSERT_LT(tile.used_bytes(), tile.tile_bytes());
-  auto* bytes = const_cast<std::uint8_t*>(fixture.tile(0, 0, 0));
+  auto* bytes = one.bytes();
   for (int i = tile.used_bytes(); i < tile.tile_bytes(); ++i) bytes[i] ^= 0xff;
-  EXPECT_EQ(flatten(run_attend(fixture, call, q, {}).out), before);
+  EXPECT_EQ(flatten(one.attend().out), before);
 }
 
 OSCAR_FOR_ALL_BACKENDS(Mutation);
